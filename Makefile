@@ -1,0 +1,66 @@
+# Everything runs from .venv, which each target makes and fills for itself. Needs Python 3.11 or later, pip, make and git.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo demo-lite0 test quick check lint format bench docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.installed-demo  ## compress a Fashion-MNIST network, print the figures (DATA=folder: use your own copy of the data)
+	$(BIN)/python -m examples.fashion_mnist.demo $(if $(DATA),--data "$(DATA)")
+
+demo-lite0: .venv/.installed-demo  ## compress EfficientNet-Lite0 with its ImageNet weights, calibrated on unlabelled photos
+	$(BIN)/python -m examples.efficientnet_lite0.demo
+
+test: .venv/.installed-dev  ## run every test (under 40 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+quick: .venv/.installed-dev  ## run the quick tests (under 5 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+check: lint test  ## lint, types, import layers, then every test
+
+lint: .venv/.installed-dev  ## the part of check that runs no test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.installed-dev  ## put the code into the common layout
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/.installed-dev  ## measure what benchmarks/ measures
+	$(BIN)/python -m benchmarks
+
+# A fresh environment each time: the reference comes from the code, which Sphinx does not see change.
+docs: .venv/.installed-docs  ## build the documentation into site/
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -b html docs site
+	@echo "site/index.html"
+
+clean:  ## remove everything that can be made again, .venv included
+	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an interrupted install is taken up again.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed-demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing jettison and the CPU build of torch into .venv (about a minute)"
+	$(INSTALL) --editable '.[images]'
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed-demo
+	@echo "Installing the development tools into .venv"
+	$(INSTALL) --editable '.[images,dev]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed-dev
+	@echo "Installing Sphinx into .venv"
+	$(INSTALL) --editable '.[images,dev,docs]'
+	@touch $@

@@ -1,0 +1,70 @@
+"""Throw weight overboard, keep the cargo: measured and verified network compression for PyTorch.
+
+Names are loaded on first use, so that `import jettison` needs neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jettison.core.budget import Budget
+    from jettison.core.errors import BudgetError, InputError, JettisonError
+    from jettison.core.plan import Plan
+    from jettison.core.recipe import Recipe
+    from jettison.core.record import Record
+    from jettison.flow.compress import Result, compress, load
+    from jettison.flow.evaluation import accuracy
+    from jettison.flow.prune import prune
+    from jettison.graph.groups import Graph, trace
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Budget": "core.budget",
+    "BudgetError": "core.errors",
+    "Graph": "graph.groups",
+    "InputError": "core.errors",
+    "JettisonError": "core.errors",
+    "Plan": "core.plan",
+    "Recipe": "core.recipe",
+    "Record": "core.record",
+    "Result": "flow.compress",
+    "accuracy": "flow.evaluation",
+    "compress": "flow.compress",
+    "load": "flow.compress",
+    "prune": "flow.prune",
+    "trace": "graph.groups",
+}
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Graph",
+    "InputError",
+    "JettisonError",
+    "Plan",
+    "Recipe",
+    "Record",
+    "Result",
+    "accuracy",
+    "compress",
+    "load",
+    "prune",
+    "trace",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its room."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jettison' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jettison.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return [*__all__, "__version__"]

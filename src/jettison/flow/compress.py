@@ -1,0 +1,245 @@
+"""`compress`: all stages in a row. It composes and owns no algorithm."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from jettison.core.budget import Budget
+from jettison.core.errors import BudgetError, InputError, StorageError, VerificationError
+from jettison.core.plain import to_plain, write_json
+from jettison.core.plan import Plan, PlanPoint
+from jettison.core.recipe import Recipe
+from jettison.core.record import Check, Record
+from jettison.flow.calibration import Calibration, make_calibration
+from jettison.flow.deciding import decide, load_sensitivity, measure_reference, Reference
+from jettison.flow.evaluation import Evaluate, agreement
+from jettison.flow.folder import RunFolder, fingerprint, open_folder
+from jettison.flow.proving import Measurements, count_widths, measure_variants, predict_original, run_checks
+from jettison.flow.recording import Checks, build_record
+from jettison.flow.recovering import distil_from_original, refit
+from jettison.flow.run import Run, export_file
+from jettison.graph.groups import Graph, trace
+from jettison.graph.store import load_graph, save_graph
+from jettison.graph.trace import nest
+from jettison.progress import show_progress
+from jettison.quantize import Quantized, quantize
+from jettison.report.html import write_html
+from jettison.targets import find_target
+
+DELIVERABLES = ("model.onnx", "model.json", "model.safetensors", "plan.json", "record.json", "report.html")
+"""What `Result.save` copies; a run folder also holds the stages' own files."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network: the module, the deployable file, what was decided and what was measured."""
+
+    model: nn.Module
+    plan: Plan
+    record: Record
+    folder: Path
+
+    @property
+    def artifact(self) -> Path:
+        """The file to deploy."""
+        return self.folder / "model.onnx"
+
+    @property
+    def front(self) -> tuple[PlanPoint, ...]:
+        """The plans that were best for their predicted cost."""
+        return self.plan.front
+
+    def save(self, folder: Path | str) -> Path:
+        """Copy everything needed later into `folder` and return it; `load` reads it in a fresh process."""
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in DELIVERABLES:
+                partial = folder / f".{name}.partial"
+                shutil.copyfile(self.folder / name, partial)
+                partial.replace(folder / name)
+        except OSError as error:
+            raise StorageError(f"{folder} could not be written: {error.strerror}. Choose another folder.") from error
+        return folder
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any] | Tensor,
+    *,
+    budget: Budget,
+    target: str = "onnxruntime",
+    evaluate: Evaluate | None = None,
+    recipe: Recipe | None = None,
+    threads: int = 1,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    quiet: bool = False,
+    name: str | None = None,
+    command: str | None = None,
+) -> Result:
+    """Return the network made to keep `budget` on `target`, with everything measured and checked.
+
+    `model` is left as it is. `calibration` is a tensor of samples or a re-iterable of batches (a DataLoader);
+    labels in it are ignored. `evaluate` maps a callable network to a score in 0..1 or one per sample (see
+    `accuracy`); without it, agreement with the original is measured on a sealed fifth of the calibration data. `out` is
+    the run's folder (a temporary one by default): started again with the same arguments, a run that was cut off goes on
+    from its last finished stage. `threads` are the runtime's.
+
+    Raises BudgetError, carrying the best result, where the budget is not met; VerificationError where an oracle
+    finds the result wrong; InputError and its kinds for what was given; see `jettison.core.errors`.
+    """
+    if threads < 1:
+        raise InputError(f"threads={threads} must be at least 1.")
+    recipe = recipe or Recipe()
+    runtime = find_target(target)
+    where = torch.device(device) if device is not None else _device_of(model)
+    if where != _device_of(model):
+        model = copy.deepcopy(model).to(where)
+    with show_progress(not quiet), torch.random.fork_rng():
+        data, arguments, keywords = make_calibration(
+            calibration, model, seal=evaluate is None, seed=seed, device=where
+        )
+        graph = _trace_small(model, arguments, keywords)
+        settings = to_plain(
+            {"budget": budget, "recipe": recipe, "target": target, "threads": threads, "seed": seed, "device": str(where)}
+        )
+        folder = _open(out, graph, data, settings)
+        run = Run(graph, data, budget, recipe, runtime, threads, seed, folder)
+        if evaluate is None:
+            evaluate = _make_agreement(run)
+        return _carry_out(run, evaluate, name or type(model).__name__, command or "")
+
+
+def load(folder: Path | str) -> nn.Module:
+    """Return the compressed module from a folder that `compress` or `Result.save` wrote, without the user's code.
+
+    It takes and returns what the original did. Raises CheckpointError where the folder is corrupt or foreign.
+    """
+    module, in_spec, out_spec = load_graph(Path(folder))
+    return nest(module, in_spec, out_spec)
+
+
+def _carry_out(run: Run, evaluate: Evaluate, name: str, command: str) -> Result:
+    path = run.folder.path
+    _export_once(run, "export original", "original.onnx", lambda: run.graph.module)
+    if run.recipe.quantize:
+        _export_once(run, "quantize original", "int8.onnx", lambda: _quantize(run, run.graph.module).module)
+    reference = run.folder.do_json("reference", Reference, lambda: measure_reference(run))
+    sensitivity = _timed(run, "sensitivity", lambda: load_sensitivity(run))
+    plan = run.folder.do_json("plan", Plan, lambda: decide(run, sensitivity, reference))
+    final = distil_from_original(run, plan, refit(run, plan))
+    quantized = _quantize(run, final) if run.recipe.quantize else None
+    deployed = final if quantized is None else quantized.module
+    _export_once(run, "export", "model.onnx", lambda: deployed)
+    widths = count_widths(run, final)
+    measured = run.folder.do_json("measurements", Measurements, lambda: measure_variants(run, evaluate, widths))
+    simulated = None if quantized is None else quantized.module
+    checks = run.folder.do_json("checks", Checks, lambda: Checks(run_checks(run, plan, final, simulated)))
+    traced = run.graph.traced
+    save_graph(final, traced.in_spec, traced.out_spec, path)
+    record = build_record(run, plan, sensitivity, final, quantized, measured, checks.checks, name, command)
+    write_json(record, path / "record.json")
+    write_html(record, path / "report.html")
+    result = Result(nest(final, traced.in_spec, traced.out_spec), plan, record, path)
+    _judge(result, checks.checks)
+    return result
+
+
+def _judge(result: Result, checks: tuple[Check, ...]) -> None:
+    """Raise where an oracle failed or the budget is missed."""
+    failed = [c for c in checks if not c.passed]
+    if failed:
+        raise VerificationError(
+            f"{len(failed)} of {len(checks)} checks failed, first {failed[0].name!r}: {failed[0].detail} "
+            f"({failed[0].value:.3g} against {failed[0].tolerance:.3g}). Do not deploy {result.artifact}; "
+            f"{result.folder / 'report.html'} shows all."
+        )
+    if not result.record.met:
+        raise BudgetError(
+            f"The budget is not met: {'; '.join(result.record.unmet)}. The best that was reached is in "
+            f"{result.folder} and on this error's .result. Loosen that limit, or give recovery more "
+            "steps with recipe=Recipe(steps=...).",
+            result,
+        )
+
+
+def _quantize(run: Run, module: fx.GraphModule) -> Quantized:
+    return quantize(module, run.batches, scheme=run.target.scheme())
+
+
+def _export_once(run: Run, name: str, file: str, make: Any) -> None:
+    run.folder.do(name, file, lambda path: path, make, lambda module, path: export_file(run, module, path))
+
+
+def _timed(run: Run, name: str, compute: Any) -> Any:
+    """Like a stage of the folder, for one that keeps its own file while it runs."""
+    import time
+
+    start = time.perf_counter()
+    result = compute()
+    if name not in {s.name for s in run.folder.list_stages()}:
+        run.folder.note_time(name, time.perf_counter() - start)
+    return result
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Graph:
+    """Trace with two samples; where the network fixes its batch, with the batch as it came."""
+
+    def shorten(value: Any) -> Any:
+        return value[:2] if isinstance(value, Tensor) and value.dim() else value
+
+    small_args, small_kwargs = pytree.tree_map(shorten, (arguments, keywords))
+    try:
+        graph = trace(model, small_args, small_kwargs)
+        if graph.traced.dynamic_batch:
+            return graph
+    except InputError:
+        pass  # perhaps two samples are too few: the whole batch decides, and reports
+    return trace(model, arguments, keywords)
+
+
+def _open(out: Path | str | None, graph: Graph, data: Calibration, settings: dict[str, Any]) -> RunFolder:
+    path = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="jettison-"))
+    first = next(data.iterate(), None)
+    if first is None:
+        raise InputError("There are no calibration items left after sealing a fifth. Give a few dozen inputs or more.")
+    state = {k: v for k, v in graph.module.state_dict().items() if isinstance(v, Tensor)}
+    return open_folder(path, fingerprint(state, first, graph.module.code, settings), settings)
+
+
+def _make_agreement(run: Run) -> Evaluate:
+    sealed = list(run.calibration.iterate_sealed())
+    if not sealed:
+        raise InputError(
+            "Without evaluate=, a fifth of the calibration inputs is sealed for the proof, and none fell into it. "
+            "Give more inputs (a few hundred), or an evaluate function."
+        )
+    with torch.no_grad():
+        output = run.graph.module(*sealed[0])[0]
+    if output.dim() < 2 or output.shape[1] < 2 or not output.is_floating_point():
+        raise InputError(
+            f"The network's first output has shape {tuple(output.shape)}, no class scores, so agreement cannot be "
+            "counted. Pass evaluate= with a function that scores this network."
+        )
+    return agreement(predict_original(run), sealed)
+
+

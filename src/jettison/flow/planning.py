@@ -1,0 +1,62 @@
+"""Deciding: from sensitivities, costs and limits to a Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jettison.core.plan import FORMAT, Cost, Plan, PlanPoint
+from jettison.flow.costs import CostModel
+from jettison.flow.sensitivity import Sensitivity
+from jettison.search.planner import plan_widths
+
+
+def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, float]) -> Plan:
+    """Return the plan of least predicted loss whose predicted costs keep `limits`.
+
+    `limits` has any of "latency_ms", "size_bytes", "macs". Where no plan keeps them, the nearest is returned with `feasible` False.
+    """
+    groups = sensitivity.groups
+    names = [g.group for g in groups]
+    kinds = sorted(limits)
+
+    def counts_of(choice: Sequence[int]) -> dict[str, int]:
+        return {g.group: g.counts[i] for g, i in zip(groups, choice, strict=True)}
+
+    def evaluate(choice: tuple[int, ...]) -> tuple[float, ...]:
+        cost = costs.predict(counts_of(choice))
+        return tuple(float(getattr(cost, kind) or 0.0) for kind in kinds) if kinds else (float(cost.macs),)
+
+    bounds = [limits[kind] for kind in kinds] or [float("inf")]
+    losses = [list(g.losses) for g in groups]
+    if not names:
+        cost = costs.predict({})
+        feasible = all((getattr(cost, kind) or 0.0) <= limits[kind] for kind in kinds)
+        return Plan(FORMAT, {}, costs.bits, 0.0, cost, feasible, (PlanPoint({}, 0.0, cost),))
+    found = plan_widths(losses, evaluate, bounds)
+    counts = counts_of(found.choice)
+    orders = {g.group: g.order for g in groups}
+    front = tuple(_point(counts_of(e.choice), e.loss, costs) for e in found.front)
+    return Plan(
+        FORMAT,
+        {name: tuple(sorted(orders[name][:count])) for name, count in counts.items() if count < len(orders[name])},
+        costs.bits,
+        found.loss,
+        costs.predict(counts),
+        found.feasible,
+        front,
+    )
+
+
+def _point(counts: dict[str, int], loss: float, costs: CostModel) -> PlanPoint:
+    return PlanPoint(counts, loss, costs.predict(counts))
+
+
+def describe_excess(cost: Cost, limits: Mapping[str, float]) -> list[str]:
+    """Say which limits a cost breaks, and by how much."""
+    texts = {"latency_ms": "{:.3f} ms", "size_bytes": "{:,.0f} bytes", "macs": "{:,.0f} MACs"}
+    return [
+        f"{kind.replace('_', ' ').split(' ')[0]} {texts[kind].format(getattr(cost, kind) or 0)} "
+        f"against a limit of {texts[kind].format(limit)}"
+        for kind, limit in limits.items()
+        if (getattr(cost, kind) or 0) > limit
+    ]

@@ -1,0 +1,214 @@
+"""Proving: every form of the network measured in one interleaved run, and every oracle asked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from jettison.core.plan import Plan
+from jettison.core.record import Check, Drop, Score, TimeShare, Variant
+from jettison.cost.macs import count
+from jettison.flow.evaluation import Evaluate, Outcome, Predict, compare, run_evaluate
+from jettison.flow.run import Run, make_predict, nest_predict
+from jettison.graph.check import check_masked
+from jettison.graph.rewrite import refresh
+from jettison.graph.store import load_graph, save_graph
+from jettison.graph.trace import Batch
+from jettison.progress import track
+from jettison.targets.timing import Timing, time_interleaved
+
+ORIGINAL, UNPRUNED, COMPRESSED, EAGER = "original", "int8 alone", "compressed", "PyTorch eager"
+FILES = {ORIGINAL: "original.onnx", UNPRUNED: "int8.onnx", COMPRESSED: "model.onnx"}
+
+EXPORT_TOLERANCE = 1e-4
+"""Relative to 1 + the largest output: float32 sums in another order, through some tens of layers."""
+INTEGER_AGREEMENT = 0.999
+"""Share of samples in which simulation and runtime name the same class or are within one step of 255 of the range."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """All forms of the network with their figures, and what the compressed one loses against the original."""
+
+    variants: tuple[Variant, ...]
+    drop: Drop
+    time_before: tuple[TimeShare, ...]
+    time_after: tuple[TimeShare, ...]
+
+
+def measure_variants(run: Run, evaluate: Evaluate, widths: Mapping[str, tuple[int, int]]) -> Measurements:
+    """Measure latency, size, memory and score of the original, its int8 form, the compressed file and eager.
+
+    `widths` gives MACs and parameters per variant. Latency is taken on one sample, all forms interleaved.
+    """
+    paths = {name: run.folder.path / file for name, file in FILES.items() if name in widths}
+    sample = run.sample
+    arrays = [x.detach().cpu().numpy() for x in sample]
+    sessions = {name: run.target.load(path, threads=run.threads) for name, path in paths.items()}
+    runs: dict[str, Callable[[], object]] = {
+        name: (lambda session=session: session.run(arrays)) for name, session in sessions.items()
+    }
+    runs[EAGER] = _eager_run(run, sample)
+    runs |= _openvino_runs(run, paths, arrays)
+    timings = _time(run, runs)
+    outcomes: dict[str, Outcome] = {}
+    for name, path in track(list(paths.items()), "Scoring the deployed files"):
+        outcomes[name] = run_evaluate(evaluate, make_predict(run, path), f"{name} file")
+    variants = [_describe(run, name, timings[name], widths, outcomes, paths) for name in runs]
+    drop = compare(outcomes[ORIGINAL], outcomes[COMPRESSED])
+    shares = [run.target.profile(paths[name], arrays, threads=run.threads) for name in (ORIGINAL, COMPRESSED)]
+    return Measurements(tuple(variants), drop, *shares)
+
+
+def _time(run: Run, runs: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(run.threads)
+    try:
+        return time_interleaved(runs, baseline=ORIGINAL, rounds=run.recipe.rounds, seed=run.seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:
+    module = run.graph.module
+
+    def call() -> object:
+        with torch.no_grad():
+            return module(*sample)
+
+    return call
+
+
+def _openvino_runs(
+    run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]
+) -> dict[str, Callable[[], object]]:
+    """The same files in OpenVINO, at explicit float32 where they are float, if it is installed."""
+    from jettison.targets import openvino
+
+    if openvino.why_missing() is not None:
+        return {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, path in paths.items():
+        session = openvino.load(path, threads=run.threads)
+        runs[f"{name}, OpenVINO"] = lambda session=session: session.run(arrays)
+    return runs
+
+
+def _describe(
+    run: Run,
+    name: str,
+    timing: Timing,
+    widths: Mapping[str, tuple[int, int]],
+    outcomes: Mapping[str, Outcome],
+    paths: Mapping[str, Path],
+) -> Variant:
+    base = name.removesuffix(", OpenVINO")
+    path = paths.get(base)
+    macs, parameters = widths.get(base, widths[ORIGINAL])
+    integer = run.recipe.quantize and base in (UNPRUNED, COMPRESSED)
+    runtime = "PyTorch" if name == EAGER else "OpenVINO" if name != base else run.target.LABEL
+    measured = path is not None and name == base
+    score: Score | None = outcomes[base].score if measured else None
+    return Variant(
+        name=name,
+        runtime=runtime,
+        precision="int8" if integer else "fp32",
+        file=path.name if path is not None else None,
+        latency_ms=timing.latency_ms,
+        speedup=timing.speedup,
+        size_bytes=path.stat().st_size if path is not None else None,
+        macs=macs,
+        parameters=parameters,
+        peak_memory_bytes=run.target.measure_peak_memory(path, threads=run.threads) if measured else None,
+        score=score,
+    )
+
+
+def run_checks(run: Run, plan: Plan, final: fx.GraphModule, simulated: fx.GraphModule | None) -> tuple[Check, ...]:
+    """Ask every oracle; failed checks are returned, not raised."""
+    keeps = run.graph.keeps(plan.kept)
+    few = tuple(x[:4] for x in run.judges[0]) if run.graph.traced.dynamic_batch else run.graph.traced.example
+    checks = [check_masked(run.graph, run.slice(plan), keeps, few)]
+    checks.append(_check_prediction(run, plan, final))
+    checks.append(_check_reload(run, final, few))
+    with torch.no_grad():
+        checks.append(_check_file(run, run.graph.module, run.folder.path / "original.onnx", "original file = module"))
+        path = run.folder.path / "model.onnx"
+        if simulated is None:
+            checks.append(_check_file(run, final, path, "compressed file = module"))
+        else:
+            checks.append(_check_integers(run, simulated, path))
+    return tuple(checks)
+
+
+def _check_prediction(run: Run, plan: Plan, final: fx.GraphModule) -> Check:
+    """The MACs predicted from the terms are those counted on the result."""
+    found = count(final).macs
+    error = abs(found - plan.cost.macs) / max(found, 1)
+    detail = f"predicted {plan.cost.macs:,} MACs from the axes, counted {found:,} on the result"
+    return Check("predicted = counted MACs", error == 0, error, 0.0, detail)
+
+
+def _check_reload(run: Run, final: fx.GraphModule, inputs: Batch) -> Check:
+    """What is saved and loaded computes the same bits."""
+    traced = run.graph.traced
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        save_graph(final, traced.in_spec, traced.out_spec, Path(name))
+        loaded = load_graph(Path(name))[0].to(run.calibration.device)
+        error = max(float((a - b).abs().max()) for a, b in zip(final(*inputs), loaded(*inputs), strict=True))
+    return Check("saved = loaded", error == 0, error, 0.0, "outputs of the reloaded module, bit for bit")
+
+
+def _check_file(run: Run, module: fx.GraphModule, path: Path, name: str) -> Check:
+    error = 0.0
+    for found, expected in _compare_outputs(run, module, path):
+        error = max(error, float((found - expected).abs().max()) / (1 + float(expected.abs().max())))
+    detail = f"outputs on {len(run.judges)} batches, relative to 1 + the largest"
+    return Check(name, error <= EXPORT_TOLERANCE, error, EXPORT_TOLERANCE, detail)
+
+
+def _check_integers(run: Run, module: fx.GraphModule, path: Path) -> Check:
+    """The integer simulation and the runtime agree within one step of 255 of the output range."""
+    inside = total = 0
+    for found, expected in _compare_outputs(run, module, path):
+        step = float(expected.max() - expected.min()) / 255
+        inside += int(((found - expected).abs() <= step).sum())
+        total += found.numel()
+    share = inside / max(total, 1)
+    detail = f"{inside:,} of {total:,} outputs within one step (1/255 of the output range); value: share outside"
+    limit = 1 - INTEGER_AGREEMENT
+    return Check("simulated int8 = runtime", 1 - share <= limit, 1 - share, limit, detail)
+
+
+def _compare_outputs(run: Run, module: fx.GraphModule, path: Path) -> list[tuple[Tensor, Tensor]]:
+    session = run.target.load(path, threads=run.threads)
+    batches = run.judges if run.graph.traced.dynamic_batch else [run.graph.traced.example]
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        found = run.target.predict(session, batch)
+        pairs += [
+            (f.cpu(), e.cpu()) for f, e in zip(found, module(*batch), strict=True) if e.is_floating_point()
+        ]
+    return pairs
+
+
+def count_widths(run: Run, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
+    """Return MACs and parameters of each variant."""
+    original = count(run.graph.module)
+    refresh(final, run.graph.module)
+    small = count(final)
+    widths = {ORIGINAL: (original.macs, original.parameters), COMPRESSED: (small.macs, small.parameters)}
+    if run.recipe.quantize:
+        widths[UNPRUNED] = widths[ORIGINAL]
+    return widths
+
+
+def predict_original(run: Run) -> Predict:
+    """Return the original as a callable of the caller's inputs, run in PyTorch."""
+    return nest_predict(run.graph.traced, lambda inputs: run.graph.module(*inputs))

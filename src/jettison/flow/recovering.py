@@ -1,0 +1,101 @@
+"""Recovery after slicing: refit layer by layer, then distil from the original; each step must earn its place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from jettison.core.plan import Plan
+from jettison.distill.train import Schedule, distil
+from jettison.flow.run import Run
+from jettison.flow.sensitivity import measure_loss
+from jettison.graph.layers import find_layers
+from jettison.graph.rewrite import kept_of
+from jettison.graph.store import load_tensors_into, save_tensors
+from jettison.prune.recalibrate import recalibrate
+
+
+def refit(run: Run, plan: Plan) -> fx.GraphModule:
+    """Return the planned network with every layer refitted by least squares."""
+
+    def load(path: Path) -> fx.GraphModule:
+        module = _own(run.slice(plan))
+        load_tensors_into(module, path)
+        return module
+
+    def compute() -> fx.GraphModule:
+        module = _own(run.slice(plan))
+        if plan.kept:
+            keeps = run.graph.keeps(plan.kept)
+            recalibrate(run.graph, module, keeps, run.batches, positions=run.recipe.positions, seed=run.seed)
+        return module
+
+    return run.folder.do("recalibrate", "recalibrated.safetensors", load, compute, save_tensors)
+
+
+def distil_from_original(run: Run, plan: Plan, student: fx.GraphModule) -> fx.GraphModule:
+    """Return the student after distillation, or as it was where that did not bring it nearer to the original."""
+    recipe = run.recipe
+    if recipe.steps == 0 or not plan.kept:
+        return student
+
+    def load(path: Path) -> fx.GraphModule:
+        module = copy_module(student)
+        load_tensors_into(module, path)
+        return module
+
+    def compute() -> fx.GraphModule:
+        half = can_train_half(run.calibration.device) if recipe.half is None else recipe.half
+        schedule = Schedule(
+            recipe.steps, recipe.learning_rate, temperature=recipe.temperature, features=recipe.features, half=half
+        )
+        points = _feature_points(run, plan) if recipe.features else {}
+        trained, _ = distil(
+            student, run.graph.module, run.calibration.iterate, schedule, points=points, seed=run.seed
+        )
+        before, after = (measure_loss(m, run.judges, run.targets) for m in (student, trained))
+        return trained if after < before else student
+
+    return run.folder.do("distil", "distilled.safetensors", load, compute, save_tensors)
+
+
+def can_train_half(device: torch.device) -> bool:
+    """Tell whether bfloat16 is computed by the processor itself, not by slow conversions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type == "cpu":
+        from jettison.targets.onnxruntime import read_cpu_flags
+
+        return bool((read_cpu_flags() or frozenset()) & {"avx512_bf16", "amx_bf16"})
+    return False
+
+
+def copy_module(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy with tensors of its own."""
+    return _own(fx.GraphModule(module, copy_graph(module.graph)))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Return a copy of a graph."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    return copied
+
+
+def _own(module: fx.GraphModule) -> fx.GraphModule:
+    """Give a sliced module memory of its own, so that nothing of the caller's can change."""
+    return copy.deepcopy(module)
+
+
+def _feature_points(run: Run, plan: Plan) -> Mapping[str, Tensor]:
+    """Name the outputs of all convolutions, each with the channels that were kept."""
+    keeps = run.graph.keeps(plan.kept)
+    return {
+        layer.node.name: kept_of(run.graph, layer.node, 1, keeps)
+        for layer in find_layers(run.graph.module)
+        if layer.operator == "conv"
+    }

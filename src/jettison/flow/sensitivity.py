@@ -1,0 +1,113 @@
+"""What each option of each group would lose: every option is built, refitted and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from jettison.core.recipe import Recipe
+from jettison.distill.losses import measure_divergence
+from jettison.graph.groups import Graph, Group
+from jettison.graph.layers import find_layers
+from jettison.graph.rewrite import slice_graph
+from jettison.graph.trace import Batch
+from jettison.progress import track
+from jettison.prune.criteria import Criterion, find_criterion
+from jettison.prune.moments import Moments, collect_moments
+from jettison.prune.recalibrate import refit_consumers
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """A group's positions from most to least important, and the loss of keeping the first `counts[i]` of them.
+
+    `losses` are mean divergences from the original (nats for class scores), made non-decreasing as counts fall;
+    counts fall from the whole group, whose loss is 0.
+    """
+
+    group: str
+    order: tuple[int, ...]
+    counts: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The options of every group, in the graph's order."""
+
+    groups: tuple[GroupOptions, ...]
+
+
+def measure_sensitivity(
+    graph: Graph,
+    batches: Sequence[Batch],
+    judges: Sequence[Batch],
+    *,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    criterion: str | Criterion | None = None,
+    seed: int = 0,
+    known: Mapping[str, GroupOptions] | None = None,
+    keep: Callable[[GroupOptions], None] | None = None,
+) -> Sensitivity:
+    """Return what every option of every group would lose if it alone were taken.
+
+    Statistics come from `batches`; each option is sliced, its readers refitted in closed form and judged on
+    `judges`. `known` options are taken over instead of computed; `keep` is called with each new one.
+    """
+    ranker = find_criterion(criterion or recipe.criterion)
+    chosen = [g for g in graph.groups if g.name not in recipe.protect]
+    todo = [g for g in chosen if g.name not in (known or {})]
+    found = dict(known or {})
+    if todo:
+        moments = collect_moments(
+            graph.module, find_layers(graph.module), batches, positions=recipe.positions, seed=seed
+        )
+        with torch.no_grad():
+            targets = [graph.module(*batch) for batch in judges]
+        for group in track(todo, "Measuring sensitivity"):
+            found[group.name] = _measure_group(graph, group, ranker, moments, judges, targets, recipe, seed)
+            if keep is not None:
+                keep(found[group.name])
+    return Sensitivity(tuple(found[g.name] for g in chosen))
+
+
+def list_counts(size: int, recipe: Recipe) -> tuple[int, ...]:
+    """Return the kept counts a group of `size` may have, falling from `size`: multiples, none below the least."""
+    step = recipe.multiple if size > recipe.multiple else 1
+    lowest = max(1, recipe.least * size)
+    counts = {max(step, round(size * ratio / step) * step) for ratio in recipe.ratios}
+    return (size, *sorted((c for c in counts if lowest <= c < size), reverse=True))
+
+
+def _measure_group(
+    graph: Graph,
+    group: Group,
+    ranker: Criterion,
+    moments: Mapping[fx.Node, Moments],
+    judges: Sequence[Batch],
+    targets: Sequence[tuple[Tensor, ...]],
+    recipe: Recipe,
+    seed: int,
+) -> GroupOptions:
+    order = ranker(graph, group, moments, seed).tolist()
+    counts = list_counts(group.size, recipe)
+    losses = [0.0]
+    for count in counts[1:]:
+        keeps = graph.keeps({group.name: order[:count]})
+        pruned = slice_graph(graph, keeps)
+        refit_consumers(graph, pruned, keeps, moments)
+        losses.append(max(losses[-1], measure_loss(pruned, judges, targets)))
+    return GroupOptions(group.name, tuple(order), counts, tuple(losses))
+
+
+def measure_loss(module: fx.GraphModule, judges: Sequence[Batch], targets: Sequence[tuple[Tensor, ...]]) -> float:
+    """Return the mean divergence per sample of a module's outputs from `targets`."""
+    total, samples = 0.0, 0
+    with torch.no_grad():
+        for batch, target in zip(judges, targets, strict=True):
+            total += float(measure_divergence(module(*batch), target).sum())
+            samples += len(batch[0])
+    return total / max(samples, 1)

@@ -1,0 +1,136 @@
+"""The layers of a graph: calls of a convolution or linear operator with a weight of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from jettison.graph.axes import Atom, Cat, Term, resolve
+from jettison.graph.trace import shape_of
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One call of a weighted operator; `name` is the path of the module that owns the weight."""
+
+    name: str
+    operator: str
+    weight: str
+    bias: str | None
+    groups: int
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    node: fx.Node = field(repr=False, compare=False)
+
+
+def find_layers(module: fx.GraphModule) -> tuple[Layer, ...]:
+    """Return the convolution and linear calls in the order they run; a weight used twice gives two layers."""
+    layers = []
+    for node in module.graph.nodes:
+        is_conv = node.target in _CONVOLUTIONS
+        if not is_conv and node.target != aten.linear.default:
+            continue
+        weight = node.args[1]
+        if weight.op != "get_attr":
+            continue
+        name = str(weight.target).rpartition(".")[0] or str(weight.target)
+        bias = _arg(node, 2, "bias", None)
+        rank = len(weight.meta["val"].shape) - 2
+        layers.append(
+            Layer(
+                name,
+                "conv" if is_conv else "linear",
+                str(weight.target),
+                str(bias.target) if isinstance(bias, fx.Node) else None,
+                int(_arg(node, 6, "groups", 1)) if is_conv else 1,
+                _sizes(_arg(node, 3, "stride", 1), rank) if is_conv else (),
+                _padding(node, rank) if is_conv else (),
+                _sizes(_arg(node, 5, "dilation", 1), rank) if is_conv else (),
+                node,
+            )
+        )
+    return tuple(layers)
+
+
+def unfold_patches(layer: Layer, x: Tensor) -> Tensor | None:
+    """Return the layer's input as `(positions, groups, columns)`, so that the layer is a product with its weight.
+
+    Columns run as the flattened weight does. None for 3-d convolutions.
+    """
+    if layer.operator == "linear":
+        return x.reshape(-1, 1, x.shape[-1])
+    if len(layer.stride) == 3:
+        return None
+    kernel = layer.node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+    stride, padding, dilation = layer.stride, layer.padding, layer.dilation
+    if len(layer.stride) == 1:
+        x, kernel = x.unsqueeze(2), (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    columns = F.unfold(x, tuple(int(k) for k in kernel), dilation, padding, stride)
+    return columns.transpose(1, 2).reshape(-1, layer.groups, columns.shape[1] // layer.groups)
+
+
+def flatten_outputs(layer: Layer, y: Tensor) -> Tensor:
+    """Return the layer's output as `(positions, groups, channels)`, rows as in `unfold_patches`."""
+    if layer.operator == "conv":
+        y = y.flatten(2).transpose(1, 2)
+    return y.reshape(-1, layer.groups, y.shape[-1] // layer.groups)
+
+
+def find_owners(term: Term, atom: Atom) -> Tensor:
+    """Return, for each position of `term`, which position of `atom` owns it, or -1."""
+    term = resolve(term)
+    if isinstance(term, Atom):
+        return torch.arange(term.size) if term is atom else torch.full((term.size,), -1)
+    if isinstance(term, Cat):
+        return torch.cat([find_owners(p, atom) for p in term.parts])
+    owner = torch.full((1,), -1)
+    for factor in term.factors:
+        mine = find_owners(factor, atom)
+        owner = torch.maximum(owner[:, None], mine[None, :]).flatten()
+    return owner
+
+
+def following_batch_norm(node: fx.Node) -> fx.Node | None:
+    """Return the BatchNorm that alone uses this node's output, if there is one."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target == aten.batch_norm.default else None
+
+
+def output_positions(layer: Layer) -> int:
+    """Return how many output positions (pixels, tokens) the layer has for one sample."""
+    shape = shape_of(layer.node) or ()
+    count = 1
+    for size in shape[2:] if layer.operator == "conv" else shape[1:-1]:
+        count *= size
+    return count
+
+
+def _arg(node: fx.Node, index: int, name: str, default: Any) -> Any:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _sizes(value: Any, rank: int) -> tuple[int, ...]:
+    values = [value] if isinstance(value, int) else list(value)
+    return tuple(int(v) for v in (values * rank if len(values) == 1 else values))
+
+
+def _padding(node: fx.Node, rank: int) -> tuple[int, ...]:
+    """Return the padding per dimension; "same" is only symmetric, and so expressible, for odd kernels."""
+    value = _arg(node, 4, "padding", 0)
+    if value == "valid":
+        return (0,) * rank
+    if value == "same":
+        kernel = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
+        dilation = _sizes(_arg(node, 5, "dilation", 1), rank)
+        return tuple(d * (int(k) - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    return _sizes(value, rank)

@@ -1,0 +1,237 @@
+"""Apply a choice of kept positions: slice every tensor and put every size in the graph right."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from jettison.core.errors import TraceError
+from jettison.graph.analyse import Axes, Dims
+from jettison.graph.axes import Cat, Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
+from jettison.graph.groups import Graph, build_graph
+from jettison.graph.rules import resolve_dim
+from jettison.graph.trace import Traced, get_tensor, shape_of
+
+aten = torch.ops.aten
+
+
+def slice_graph(graph: Graph, keeps: Keeps) -> fx.GraphModule:
+    """Return a new flat module without the dropped positions; tensors it shares with `graph` are not copied.
+
+    Node names stay, so that a node can be compared with its original. Shapes in the nodes' metadata are the
+    original's; `refresh` recomputes them.
+    """
+    owner = _slice_tensors(graph, keeps)
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.module.graph.nodes:
+        copy = new.node_copy(node, lambda n: copies[n])
+        copies[node] = copy
+        if node.op == "call_function":
+            _rewrite_node(node, copy, graph.axes, keeps)
+    return fx.GraphModule(owner, new, class_name="Pruned")
+
+
+def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
+    """Return the graph with only `kept` positions of the named groups, analysed anew; weights are copies."""
+    module = slice_graph(graph, graph.keeps(kept))
+    for name, tensor in dict(module.state_dict()).items():
+        _assign(module, name, tensor.clone())
+    refresh(module, graph.module)
+    traced = graph.traced
+    return build_graph(
+        Traced(module, traced.in_spec, traced.out_spec, traced.example, traced.dynamic_batch, traced.input_names)
+    )
+
+
+def refresh(module: fx.GraphModule, original: fx.GraphModule) -> None:
+    """Recompute the shapes in the metadata of every node, with the original's free batch."""
+    inputs = [n.meta["val"] for n in original.graph.nodes if n.op == "placeholder"]
+    mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+
+
+def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:
+    """Return the kept positions (indices) of one dimension of a node's output."""
+    term = graph.axes.terms[node][dim]
+    return evaluate_mask(term, keeps).nonzero().flatten()
+
+
+def _slice_tensors(graph: Graph, keeps: Keeps) -> nn.Module:
+    """Build a bare module tree that holds the sliced parameters and buffers under their old names."""
+    root = nn.Module()
+    named = {str(n.target) for n in graph.module.graph.nodes if n.op == "get_attr"}
+    for name in sorted(named):
+        tensor = get_tensor(graph.module, name)
+        for dim, term in enumerate(graph.axes.tensors[name]):
+            if is_touched(term, keeps):
+                index = evaluate_mask(term, keeps).nonzero().flatten().to(tensor.device)
+                tensor = tensor.detach().index_select(dim, index)
+        old = get_tensor(graph.module, name)
+        if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        _assign(root, name, tensor)
+    return root
+
+
+def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
+    *path, leaf = name.split(".")
+    owner = root
+    for part in path:
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        child = getattr(owner, part)
+        assert isinstance(child, nn.Module)
+        owner = child
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(leaf, tensor)
+    elif leaf in owner._parameters:
+        owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    else:
+        owner.register_buffer(leaf, tensor)
+
+
+Fix = Callable[[fx.Node, fx.Node, Axes, Keeps], None]
+
+
+def _rewrite_node(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    packet = getattr(node.target, "overloadpacket", None)
+    fix = _FIXES.get(packet)
+    if fix is not None and _is_near(node, axes, keeps):
+        fix(node, copy, axes, keeps)
+
+
+def _is_near(node: fx.Node, axes: Axes, keeps: Keeps) -> bool:
+    """Tell whether an input or output of this node changes size."""
+    for other in (node, *node.all_input_nodes):
+        found = axes.terms.get(other) or ()
+        for dims in found if found and isinstance(found[0], tuple) else (found,):
+            if any(is_touched(t, keeps) for t in dims):
+                return True
+    return False
+
+
+def _set(copy: fx.Node, index: int, name: str, value: Any) -> None:
+    if len(copy.args) > index:
+        copy.update_arg(index, value)
+    else:
+        copy.update_kwarg(name, value)
+
+
+def _fix_groups(index: int) -> Fix:
+    def fix(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+        if node in axes.group_axes:
+            _set(copy, index, "groups", count_kept(axes.group_axes[node], keeps))
+
+    return fix
+
+
+def _fix_sizes(index: int, target: Any = None) -> Fix:
+    """Literal sizes become those of the output's own terms; -1 and free sizes adapt by themselves."""
+
+    def fix(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+        sizes = list(copy.args[index])  # type: ignore[arg-type]
+        dims: Dims = axes.terms[node]
+        offset = 0
+        if node.target == aten.unflatten.int:
+            assert isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int)
+            offset = resolve_dim(node.args[1], len(axes.terms[node.args[0]]))
+        for i, size in enumerate(sizes):
+            term = dims[i + offset]
+            if size != -1 and is_touched(term, keeps):
+                kept = count_kept(term, keeps)
+                sizes[i] = kept if isinstance(size, int) else _scale_size(copy, size, kept, term.size)
+        copy.update_arg(index, sizes)
+        if target is not None:
+            copy.target = target
+
+    return fix
+
+
+def _scale_size(copy: fx.Node, size: fx.Node, kept: int, total: int) -> fx.Node:
+    """A size that multiplies the free batch with a pruned axis shrinks by the axis's own share."""
+    common = math.gcd(kept, total)
+    with copy.graph.inserting_before(copy):
+        product = copy.graph.call_function(operator.mul, (size, kept // common))
+        return copy.graph.call_function(operator.floordiv, (product, total // common))
+
+
+def _fix_split(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    parts = axes.terms[node]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    dim = resolve_dim(dim, len(parts[0]))
+    copy.target = aten.split_with_sizes.default
+    copy.args = (copy.args[0], [count_kept(p[dim], keeps) for p in parts], dim)
+    copy.kwargs = {}
+
+
+def _fix_slice(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    assert isinstance(node.args[0], fx.Node)
+    source: Dims = axes.terms[node.args[0]]
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    dim = resolve_dim(dim, len(source))
+    if not is_touched(source[dim], keeps):
+        return
+    out: Term = axes.terms[node][dim]
+    start = node.args[2] if len(node.args) > 2 else node.kwargs.get("start", 0)
+    start = start if isinstance(start, int) else 0
+    size = resolve(source[dim]).size
+    start = min(start + size if start < 0 else start, size)
+    before = int(evaluate_mask(Cat((source[dim],)), keeps)[:start].sum())
+    _set(copy, 2, "start", before)
+    _set(copy, 3, "end", before + count_kept(out, keeps))
+
+
+def _fix_layer_norm(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    dims: Dims = axes.terms[node]
+    count = len(node.args[1])  # type: ignore[arg-type]
+    copy.update_arg(1, [count_kept(t, keeps) for t in dims[-count:]])
+
+
+def _fix_group_norm(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    copy.update_arg(1, count_kept(axes.group_axes[node], keeps))
+
+
+def _fix_attention(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    """The default scale is 1/sqrt(size of q's last axis): keep the original's."""
+    if node.kwargs.get("scale") is None:
+        assert isinstance(node.args[0], fx.Node)
+        shape = shape_of(node.args[0])
+        if shape is None:
+            raise TraceError(f"Attention {node.name} has no traced shape.")
+        copy.update_kwarg("scale", shape[-1] ** -0.5)
+
+
+_FIXES: dict[Any, Fix] = {
+    aten.conv1d: _fix_groups(6),
+    aten.conv2d: _fix_groups(6),
+    aten.conv3d: _fix_groups(6),
+    aten.conv_transpose1d: _fix_groups(6),
+    aten.conv_transpose2d: _fix_groups(6),
+    aten.conv_transpose3d: _fix_groups(6),
+    # The strides of a sliced tensor may no longer allow a view.
+    aten.view: _fix_sizes(1, aten.reshape.default),
+    aten._unsafe_view: _fix_sizes(1, aten.reshape.default),
+    aten.reshape: _fix_sizes(1),
+    aten.unflatten: _fix_sizes(2),
+    aten.expand: _fix_sizes(1),
+    aten.split: _fix_split,
+    aten.split_with_sizes: _fix_split,
+    aten.chunk: _fix_split,
+    aten.slice: _fix_slice,
+    aten.layer_norm: _fix_layer_norm,
+    aten.rms_norm: _fix_layer_norm,
+    aten.group_norm: _fix_group_norm,
+    aten.scaled_dot_product_attention: _fix_attention,
+}
+"""What must be rewritten in the arguments of an operator; all others adapt by themselves."""
+
+__all__ = ["kept_of", "prune_graph", "refresh", "slice_graph"]

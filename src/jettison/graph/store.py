@@ -1,0 +1,220 @@
+"""A flat graph as JSON and its tensors as safetensors: readable, diffable, and loaded without running any code.
+
+The JSON names ATen operators and plain arguments only; loading resolves names in `torch.ops.aten` (and a few
+integer operators) and nothing else, so a file from elsewhere cannot make anything run but tensor operators.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from jettison.core.errors import CheckpointError, ExportError
+from jettison.core.plain import write_bytes
+from jettison.graph.trace import get_tensor
+
+FORMAT = "jettison.graph/1"
+
+_BUILTINS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name) for name in ("getitem", "mul", "add", "sub", "floordiv", "truediv", "neg", "mod")
+}
+_NAMESPACES = ("aten",)
+
+
+def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, folder: Path) -> None:
+    """Write `model.json` and `model.safetensors` into `folder`, each whole or not at all.
+
+    Raises ExportError for an operator outside `aten`, StorageError where a file cannot be written.
+    """
+    write_json_graph(module, in_spec, out_spec, folder / "model.json")
+    save_tensors(module, folder / "model.safetensors")
+
+
+def write_json_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, path: Path) -> None:
+    """Write the graph without its tensors."""
+    data = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "in_spec": json.loads(pytree.treespec_dumps(in_spec)),
+        "out_spec": json.loads(pytree.treespec_dumps(out_spec)),
+        "parameters": sorted(name for name, _ in module.named_parameters(remove_duplicate=False)),
+        "nodes": [_dump_node(node) for node in module.graph.nodes],
+    }
+    write_bytes((json.dumps(data, indent=1) + "\n").encode(), path)
+
+
+def save_tensors(module: nn.Module, path: Path) -> None:
+    """Write parameters and buffers as safetensors; tensors that share memory are written once under each name."""
+    from safetensors.torch import save
+
+    seen: dict[int, str] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            shared[name] = seen[id(tensor)]
+        else:
+            seen[id(tensor)] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    metadata = {"format": "pt", "jettison.shared": json.dumps(shared, sort_keys=True)}
+    write_bytes(save(tensors, metadata), path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote; raises CheckpointError where the file is corrupt or missing."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            shared = json.loads((file.metadata() or {}).get("jettison.shared", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}. Compute or copy it anew.") from error
+    return {**tensors, **{name: tensors[original] for name, original in shared.items()}}
+
+
+def load_graph(folder: Path) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.TreeSpec]:
+    """Read a saved graph; returns the flat module in eval mode and the specs of its nesting."""
+    path = folder / "model.json"
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Give the folder that `save` wrote.") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a graph of format {FORMAT!r}. Give the folder that `save` wrote.")
+    tensors = read_tensors(folder / "model.safetensors")
+    try:
+        module = _build_module(data, tensors)
+        specs = [pytree.treespec_loads(json.dumps(data[key])) for key in ("in_spec", "out_spec")]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path} does not describe a graph: {error!r}. Compute or copy it anew.") from error
+    return module, specs[0], specs[1]
+
+
+def _build_module(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    root = build_tree(tensors, set(data["parameters"]))
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for entry in data["nodes"]:
+        args = _load_argument(entry["args"], nodes)
+        kwargs = {k: _load_argument(v, nodes) for k, v in entry["kwargs"].items()}
+        kind, target = entry["op"], entry["target"]
+        if kind == "call_function":
+            target = _find_operator(target)
+        elif kind == "get_attr" and target not in tensors:
+            raise KeyError(f"tensor {target!r} is not in model.safetensors")
+        nodes[entry["name"]] = graph.create_node(kind, target, tuple(args), kwargs, name=entry["name"])
+    return fx.GraphModule(root, graph).eval()
+
+
+def build_tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:
+    """Return bare modules that hold the tensors under their dotted names, those named as parameters."""
+    root = nn.Module()
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        if name in parameters:
+            parameter = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+            owner.register_parameter(leaf, parameter)
+        else:
+            owner.register_buffer(leaf, tensor)
+    return root
+
+
+def _dump_node(node: fx.Node) -> dict[str, Any]:
+    target = str(node.target)
+    if node.op == "call_function":
+        target = _name_operator(node)
+    return {
+        "op": node.op,
+        "name": node.name,
+        "target": target,
+        "args": _dump_argument(list(node.args)),
+        "kwargs": {k: _dump_argument(v) for k, v in node.kwargs.items()},
+    }
+
+
+def _name_operator(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = str(node.target)
+        if name.split(".")[0] in _NAMESPACES:
+            return name
+    for name, function in _BUILTINS.items():
+        if node.target is function:
+            return f"operator.{name}"
+    raise ExportError(f"The graph calls {node.target}, which cannot be saved as data. Save the artefact instead.")
+
+
+def _find_operator(name: str) -> Any:
+    space, *rest = name.split(".")
+    if space == "operator":
+        return _BUILTINS[rest[0]]
+    if space not in _NAMESPACES or len(rest) != 2:
+        raise KeyError(f"operator {name!r} is not one a graph may call")
+    return getattr(getattr(getattr(torch.ops, space), rest[0]), rest[1])
+
+
+_KINDS: dict[type, str] = {torch.dtype: "dtype", torch.device: "device", torch.layout: "layout"}
+
+
+def _dump_argument(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        return [_dump_argument(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    for kind, name in _KINDS.items():
+        if isinstance(value, kind):
+            return {name: str(value).removeprefix("torch.")}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ExportError(f"A graph argument of type {type(value).__name__} cannot be saved as data.")
+
+
+def _load_argument(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_load_argument(v, nodes) for v in value]
+    if isinstance(value, dict):
+        ((kind, text),) = value.items()
+        if kind == "node":
+            return nodes[text]
+        if kind == "float":
+            return float(text)
+        if kind == "device":
+            return torch.device(text)
+        found = getattr(torch, text)
+        if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+            raise TypeError(f"{text!r} is no {kind}")
+        return found
+    return value
+
+
+def load_tensors_into(module: nn.Module, path: Path) -> None:
+    """Load saved tensors into a module of the very same names and shapes; raises CheckpointError where they differ."""
+    tensors = read_tensors(path)
+    own = module.state_dict(keep_vars=True)
+    wrong = sorted(set(tensors) ^ set(own)) or [n for n, t in own.items() if t.shape != tensors[n].shape]
+    if wrong:
+        raise CheckpointError(f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]!r}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            get_tensor(module, name).data = tensors[name].to(tensor.device)
+
+
+__all__ = ["load_graph", "load_tensors_into", "read_tensors", "save_graph", "save_tensors"]

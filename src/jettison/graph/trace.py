@@ -1,0 +1,325 @@
+"""From the caller's module to a flat graph of ATen operators: the one place that calls torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import operator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
+
+Batch = tuple[Tensor, ...]
+"""The flat tensor inputs of the network, in the order of the graph's placeholders."""
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network as a flat graph.
+
+    `module` takes the flat inputs and returns a tuple of tensors; its parameters and buffers keep their
+    names. `in_spec` and `out_spec` are the caller's nesting. `example` are the flat inputs it was traced with.
+    """
+
+    module: fx.GraphModule
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    example: Batch
+    dynamic_batch: bool
+    input_names: tuple[str, ...]
+
+
+def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str, Any] | None = None) -> Traced:
+    """Return `model` as a flat graph in eval mode, traced with `inputs`; the model is not changed.
+
+    The first dimension of every input is taken as the batch and left free; where the network fixes it, the
+    graph is made for that batch only and `dynamic_batch` is False. Raises ShapeError where the network does
+    not take the inputs, NonFiniteError where weights or outputs hold NaN, TraceError where export fails.
+    """
+    args, kwargs = tuple(inputs), dict(kwinputs or {})
+    _check_state(model)
+    with _eval_mode(model), _quiet_export(), torch.no_grad():
+        _try_forward(model, args, kwargs)
+        program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
+        if any(_mutates(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})
+        module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+    _flatten(module)
+    flat = tuple(pytree.tree_leaves((example_args, example_kwargs)))
+    if not all(isinstance(v, Tensor) for v in flat):
+        raise TraceError(
+            "The network takes an input that is not a tensor. Wrap it in a module that fixes that value, "
+            "for example `class Fixed(nn.Module): forward = lambda self, x: net(x, flag=True)`."
+        )
+    names = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
+    return Traced(module, in_spec, out_spec, flat, dynamic, names)
+
+
+def nest(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> fx.GraphModule:
+    """Return a copy of a flat graph that takes and returns the caller's own nesting; tensors are shared."""
+    from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, {})
+    graph.output(output)
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+    return fx.GraphModule(module, graph)
+
+
+def hint(size: Any) -> int:
+    """Return a dimension's size as an int; a free batch gives the size it was traced with."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint)
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """Return the traced shape of a node's tensor, or None where it yields no single tensor."""
+    value = node.meta.get("val")
+    return tuple(map(hint, value.shape)) if isinstance(value, Tensor) else None
+
+
+def source_line(node: fx.Node) -> str:
+    """Return the user's `file:line` that made this node: the innermost frame outside torch and site-packages."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    library = str(Path(torch.__file__).parent)
+    found = ""
+    for frame in frames:
+        if frame.startswith('File "'):
+            file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
+            if not file.startswith(library) and not file.startswith("<"):
+                found = f"{file}:{line}"
+    return found
+
+
+def get_tensor(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of that dotted name."""
+    value = find_attribute(module, name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def find_attribute(module: nn.Module, name: str) -> Any:
+    """Return what a `get_attr` node names: a parameter, a buffer, or the sub-graph of an operator that has one."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer, keeping what it is (parameter, buffer, plain attribute)."""
+    path, _, leaf = name.rpartition(".")
+    owner: Any = module.get_submodule(path) if path else module
+    old = getattr(owner, leaf)
+    if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(owner, leaf, value)
+
+
+def run_nodes(module: fx.GraphModule, inputs: Batch) -> Iterator[tuple[fx.Node, Any, dict[fx.Node, Any]]]:
+    """Run the graph node by node; yields each call or output node with its value and the values still alive.
+
+    A caller may replace `values[node]` before the next step, to see what follows from another value.
+    """
+    values: dict[fx.Node, Any] = {}
+    last_use: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        for argument in node.all_input_nodes:
+            last_use[argument] = node
+    feed = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            values[node] = find_attribute(module, str(node.target))
+        else:
+            values[node] = evaluate_node(node, values)
+            yield node, values[node], values
+        for argument in node.all_input_nodes:
+            if last_use[argument] is node:
+                values.pop(argument, None)
+
+
+def evaluate_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Compute one call or output node from the values of its arguments."""
+    args = fx.node.map_arg(node.args, lambda n: values[n])
+    kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+    if node.op == "output":
+        return args[0]
+    if node.op != "call_function":
+        raise TraceError(f"The graph holds a {node.op} node ({node}), which jettison cannot run.")
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _check_state(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise NonFiniteError(f"Weight {name!r} holds {bad} NaN or infinite values. Load sound weights first.")
+
+
+def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    shapes = [tuple(v.shape) for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+    for value in pytree.tree_leaves((args, kwargs)):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(f"An input of shape {tuple(value.shape)} holds NaN or infinity. Clean the inputs.")
+    try:
+        output = model(*args, **kwargs)
+    except JettisonError:
+        raise
+    except Exception as error:
+        where = _user_frame(error)
+        raise ShapeError(
+            f"The network does not take inputs of shape {shapes}: {str(error).splitlines()[0]}"
+            f"{f' (at {where})' if where else ''}. Give inputs as you would call the network."
+        ) from error
+    for value in pytree.tree_leaves(output):
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError("The network's own output holds NaN or infinity on the given inputs.")
+
+
+def _user_frame(error: BaseException) -> str:
+    library = str(Path(torch.__file__).parent)
+    trail, found = error.__traceback__, ""
+    while trail is not None:
+        file = trail.tb_frame.f_code.co_filename
+        if not file.startswith(library) and file != __file__ and not file.startswith("<"):
+            found = f"{file}:{trail.tb_lineno}"
+        trail = trail.tb_next
+    return found
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.export.ExportedProgram, bool, tuple[Any, ...], dict[str, Any]]:
+    """Export with a free batch; where the network will not have it, with the batch as given."""
+    # A batch of one would be taken for a constant, so it is doubled first.
+    wide_args, wide_kwargs = pytree.tree_map(_double_batch, (args, kwargs))
+    free = pytree.tree_map(_free_batch, (wide_args, wide_kwargs))
+    shapes = {**dict(zip(_parameter_names(model, args), free[0], strict=True)), **free[1]}
+    try:
+        program = torch.export.export(model, wide_args, wide_kwargs, strict=False, dynamic_shapes=shapes)
+        if _batch_is_free(program):
+            return program, True, wide_args, wide_kwargs
+    except Exception:  # noqa: BLE001 - whatever the reason, the fixed batch is tried next and reports its own
+        pass
+    try:
+        return torch.export.export(model, args, kwargs, strict=False), False, args, kwargs
+    except Exception as error:
+        where = _user_frame(error)
+        raise TraceError(
+            f"torch.export cannot follow the network: {str(error).strip().splitlines()[0]}"
+            f"{f' (at {where})' if where else ''}. Control flow that depends on tensor values must become "
+            "torch.where or torch.cond; `torch.export.export(model, inputs, strict=False)` shows the whole story."
+        ) from error
+
+
+def _parameter_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
+    """Name the positional inputs as `forward` does; export wants its shapes by name."""
+    import inspect
+
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in positional[: len(args)]]
+    spread = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    return names if spread is None else [*names, *(f"{spread}_{i}" for i in range(len(args) - len(names)))]
+
+
+def _double_batch(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1:
+        return torch.cat([value, value])
+    return value
+
+
+def _free_batch(value: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() > 0 else None
+
+
+def _batch_is_free(program: torch.export.ExportedProgram) -> bool:
+    values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in _inputs(program)]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
+    return bool(sizes) and all(not isinstance(s, int) for s in sizes)
+
+
+def _inputs(program: torch.export.ExportedProgram) -> set[str]:
+    return {str(n) for n in program.graph_signature.user_inputs}
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _flatten(module: fx.GraphModule) -> None:
+    """Give the graph plain inputs and outputs, and BatchNorm back its one-output form."""
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in list(graph.nodes):
+        if node.target is _BATCH_NORM:
+            x, weight, bias, mean, var, momentum, eps = node.args
+            with graph.inserting_before(node):
+                args = (x, weight, bias, mean, var, False, momentum, eps, False)
+                whole = graph.call_function(torch.ops.aten.batch_norm.default, args)
+            whole.meta = {**node.meta, "val": node.meta["val"][0]}
+            for user in list(node.users):
+                assert user.target is operator.getitem and user.args[1] == 0
+                user.replace_all_uses_with(whole)
+                graph.erase_node(user)
+            graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+
+
+@contextlib.contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put the caller's modules in eval mode and afterwards each back as it was."""
+    before = {m: m.training for m in model.modules()}
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    try:
+        for module in before:
+            module.training = False
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel would be one opaque operator
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, training in before.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def numel_per_sample(node: fx.Node) -> int:
+    """Return how many elements a node's tensor has for one sample of the batch."""
+    shape = shape_of(node)
+    return 0 if shape is None else math.prod(shape[1:])

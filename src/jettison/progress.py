@@ -1,0 +1,44 @@
+"""Progress bars for whatever takes longer than two seconds; silent in pipes and where switched off."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_shown: ContextVar[bool] = ContextVar("jettison_progress", default=True)
+PATIENCE_S = 2.0
+"""A wait shorter than this shows nothing."""
+
+
+@contextmanager
+def show_progress(shown: bool) -> Iterator[None]:
+    """Switch progress bars on or off for the calls inside the `with` block."""
+    token = _shown.set(shown)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+def track(items: Iterable[T], what: str, *, total: int | None = None) -> Iterator[T]:
+    """Yield `items`, drawing a bar on stderr once the wait has lasted two seconds."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    if not (_shown.get() and sys.stderr.isatty()):
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    start = time.monotonic()
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, visible=False)
+        for item in items:
+            yield item
+            bar.update(task, advance=1, visible=time.monotonic() - start > PATIENCE_S)

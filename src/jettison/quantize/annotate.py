@@ -1,0 +1,222 @@
+"""Where numbers become integers: a PT2E quantizer that reads a target's scheme, and its observers.
+
+Importing this module imports torchao; import it inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e import ObserverBase
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+from jettison.core.errors import CalibrationError
+from jettison.quantize.fold import find_layers, find_weight, name_operator
+from jettison.quantize.ranges import Histogram, Ranger, choose_scale, choose_weight_scale
+from jettison.targets.integer import IntegerScheme, Levels
+
+KEY = "quantization_annotation"
+
+
+class RangeObserver(ObserverBase):  # type: ignore[misc]
+    """Counts an activation's values; its scale is the ranger's answer."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        ranger: Ranger,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__(dtype, is_dynamic)
+        self.quant_min, self.quant_max, self.qscheme = quant_min, quant_max, qscheme
+        self.levels = Levels(quant_min, quant_max, qscheme == torch.per_tensor_symmetric)
+        self.ranger, self.histogram, self.where = ranger, Histogram(), "an unnamed tensor"
+        self.chosen: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Count, and pass on unchanged."""
+        self.histogram.add(x, self.where)
+        return x
+
+    def calculate_qparams(self, **_: object) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point; raises CalibrationError where nothing was seen."""
+        if self.chosen is None:
+            if self.histogram.seen == 0:
+                raise CalibrationError(
+                    f"No calibration value reached {self.where}. Its range for int8 is unknown. "
+                    "Give at least one batch that is not empty."
+                )
+            low, high = self.ranger(self.histogram, self.levels)
+            scale, zero_point = choose_scale(torch.tensor([low]), torch.tensor([high]), self.levels)
+            self.chosen = scale, zero_point.to(torch.int64)
+        return self.chosen
+
+
+class WeightPerChannelObserver(ObserverBase):  # type: ignore[misc]
+    """Keeps one scale per output channel. PT2E passes `ch_axis` only to classes with PerChannel in their name."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        ch_axis: int,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__(dtype, is_dynamic)
+        self.quant_min, self.quant_max, self.qscheme, self.ch_axis = quant_min, quant_max, qscheme, ch_axis
+        self.scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Choose the scales when the weight is first seen."""
+        if self.scale is None:
+            self.scale = choose_weight_scale(x, self.ch_axis, Levels(self.quant_min, self.quant_max, True))
+        return x
+
+    def calculate_qparams(self, **_: object) -> tuple[Tensor, Tensor]:
+        """Return scales and zero points, one per channel."""
+        assert self.scale is not None
+        return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
+
+
+class SchemeQuantizer(Quantizer):  # type: ignore[misc]
+    """Marks which edges of the graph carry integers, after the scheme; `exclude` names layers that stay float."""
+
+    def __init__(self, scheme: IntegerScheme, exclude: Collection[str], ranger: Ranger) -> None:
+        super().__init__()
+        self.scheme, self.exclude = scheme, frozenset(exclude)
+        activation, weight = scheme.activation, scheme.weight
+        self.activation = QuantizationSpec(
+            dtype=torch.uint8,
+            observer_or_fake_quant_ctr=RangeObserver.with_args(ranger=ranger),
+            quant_min=activation.q_min,
+            quant_max=activation.q_max,
+            qscheme=torch.per_tensor_symmetric if activation.symmetric else torch.per_tensor_affine,
+        )
+        self.weight_levels = weight
+        self.annotated: set[Node] = set()
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate `model` in place, as PT2E asks, and return it."""
+        for name, node in find_layers(model, frozenset(self.scheme.weighted)).items():
+            if name not in self.exclude:
+                self._annotate_weighted(node)
+        for node in model.graph.nodes:
+            operator = name_operator(node)
+            if operator in self.scheme.requantized:
+                self._annotate_requantized(node)
+            elif operator in self.scheme.shared:
+                self._annotate_shared(node)
+            elif operator in self.scheme.inherited and self._is_quantized(node.args[0]):
+                self._annotate_inherited(node)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to refuse: what the scheme does not name stays float."""
+
+    def _is_quantized(self, source: object) -> bool:
+        """Say if the tensor is an output that the integer side of the graph gives."""
+        return isinstance(source, Node) and source in self.annotated
+
+    def _end_of(self, node: Node) -> Node:
+        """Return the activation that fuses into `node`, or `node` itself."""
+        users = list(node.users)
+        return users[0] if len(users) == 1 and name_operator(users[0]) in self.scheme.fused else node
+
+    def _give(self, node: Node, inputs: dict[Node, object], output: object) -> None:
+        """Annotate; `output` is put on the activation that fuses into `node`, and on what only passes it on."""
+        end = self._end_of(node)
+        if end is node:
+            node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
+        else:
+            node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, _annotated=True)
+            end.meta[KEY] = QuantizationAnnotation(output_qspec=output, _annotated=True)
+        if output is not None:
+            self.annotated.add(end)
+
+    def _annotate_weighted(self, node: Node) -> None:
+        source, weight = node.args[0], find_weight(node)
+        assert isinstance(source, Node) and weight is not None
+        axis = self.scheme.weighted[name_operator(node)]
+        inputs: dict[Node, object] = {
+            source: self.activation,
+            weight: QuantizationSpec(
+                dtype=torch.int8,
+                observer_or_fake_quant_ctr=WeightPerChannelObserver,
+                quant_min=self.weight_levels.q_min,
+                quant_max=self.weight_levels.q_max,
+                qscheme=torch.per_channel_symmetric,
+                ch_axis=axis,
+            ),
+        }
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, Node):
+            inputs[bias] = DerivedQuantizationSpec(
+                derived_from=[(source, node), (weight, node)],
+                derive_qparams_fn=derive_bias_scale,
+                dtype=torch.int32,
+                quant_min=-(2**31),
+                quant_max=2**31 - 1,
+                qscheme=torch.per_channel_symmetric,
+                ch_axis=0,
+            )
+        floats = name_operator(node) in self.scheme.float_output and self._ends_in_float(node)
+        self._give(node, inputs, None if floats else self.activation)
+
+    def _ends_in_float(self, node: Node) -> bool:
+        """Say if nobody on the integer side reads this output, so that quantizing it would cost and bring nothing."""
+        integer = {*self.scheme.weighted, *self.scheme.requantized, *self.scheme.shared, *self.scheme.inherited}
+        return not any(name_operator(user) in integer for user in self._end_of(node).users)
+
+    def _annotate_requantized(self, node: Node) -> None:
+        sources = [a for a in node.args if isinstance(a, Node)]
+        tensors = [a for a in sources if isinstance(a.meta.get("val"), Tensor)]
+        both = name_operator(node) not in ("aten.add.Tensor", "aten.mul.Tensor") or len(tensors) == 2
+        if not both or not all(a.meta["val"].is_floating_point() for a in tensors):
+            return
+        if not any(map(self._is_quantized, tensors)):
+            return
+        self._give(node, dict.fromkeys(tensors, self.activation), self.activation)
+
+    def _annotate_shared(self, node: Node) -> None:
+        sources = node.args[0]
+        assert isinstance(sources, (list, tuple))
+        if not all(map(self._is_quantized, sources)):
+            return
+        nodes = [source for source in sources if isinstance(source, Node)]
+        first = nodes[0]
+        same = SharedQuantizationSpec((first, node))
+        inputs: dict[Node, object] = {first: self.activation}
+        inputs.update({source: same for source in nodes[1:] if source is not first})
+        node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=same, _annotated=True)
+        self.annotated.add(node)
+
+    def _annotate_inherited(self, node: Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, Node)
+        node.meta[KEY] = QuantizationAnnotation(
+            input_qspec_map={source: self.activation},
+            output_qspec=SharedQuantizationSpec((source, node)),
+            _annotated=True,
+        )
+        self.annotated.add(node)
+
+
+def derive_bias_scale(observers: list[ObserverBase]) -> tuple[Tensor, Tensor]:
+    """Return the bias's scale: the input's times the weight's, so that it adds to the int32 sum as it is."""
+    source, weight = observers
+    scale = source.calculate_qparams()[0] * weight.calculate_qparams()[0]
+    return scale, torch.zeros_like(scale, dtype=torch.int64)

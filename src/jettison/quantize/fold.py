@@ -1,0 +1,199 @@
+"""Graph changes before quantization that leave the function as it is: fold BatchNorm, un-share, drop dead ends."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding")
+BATCH_NORM = "aten.batch_norm.default"
+IDENTITIES = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alias.default")
+
+
+def name_operator(node: Node) -> str:
+    """Return the ATen name ("aten.relu.default") of a call, "" for other nodes; in-place forms give the plain name."""
+    if node.op != "call_function":
+        return ""
+    return str(node.target).replace("_.", ".") if str(node.target).startswith("aten.") else str(node.target)
+
+
+def read_attribute(module: nn.Module, name: str) -> Tensor:
+    """Return the parameter or buffer of that dotted name."""
+    found: Tensor = attrgetter(name)(module)
+    return found
+
+
+def set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` at the dotted name as a buffer, replacing what stood there; missing parents are made."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    if hasattr(module, last):
+        delattr(module, last)
+    module.register_buffer(last, value)
+
+
+def find_layers(module: GraphModule, operators: frozenset[str] | set[str]) -> dict[str, Node]:
+    """Return each node of these operators by its layer's name: the weight's dotted name without ".weight"."""
+    layers: dict[str, Node] = {}
+    for node in module.graph.nodes:
+        if name_operator(node) not in operators:
+            continue
+        weight = find_weight(node)
+        if weight is not None:
+            layers[name_layer(str(weight.target), layers)] = node
+    return layers
+
+
+def find_weight(node: Node) -> Node | None:
+    """Return the get_attr node of a call's weight, looking through a dequantization; None if it is computed."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    if isinstance(weight, Node) and weight.op == "call_function" and "dequantize" in str(weight.target):
+        weight = weight.args[0]
+    return weight if isinstance(weight, Node) and weight.op == "get_attr" else None
+
+
+def name_layer(weight: str, taken: dict[str, Node]) -> str:
+    """Return "conv" for "conv.weight"; a second call of one layer is "conv@2"."""
+    name = weight.removesuffix(".weight")
+    count, unique = 1, name
+    while unique in taken:
+        count += 1
+        unique = f"{name}@{count}"
+    return unique
+
+
+def _get_attribute(module: GraphModule, before: Node, name: str, like: Node | None) -> Node:
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(name)
+    if like is not None:
+        node.meta = dict(like.meta)
+    return node
+
+
+def unshare(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
+    """Give every weighted call its own weight and bias, in place: a shared bias would need several scales."""
+    taken: set[str] = set()
+    for node in list(module.graph.nodes):
+        if name_operator(node) not in weighted:
+            continue
+        for index in (1, 2):
+            source = node.args[index] if len(node.args) > index else None
+            if not (isinstance(source, Node) and source.op == "get_attr"):
+                continue
+            name, count = str(source.target), 1
+            while name in taken:
+                count += 1
+                stem, _, last = str(source.target).rpartition(".")
+                name = f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
+            if name != source.target:
+                set_buffer(module, name, read_attribute(module, str(source.target)).detach().clone())
+                node.update_arg(index, _get_attribute(module, node, name, source))
+            elif len(source.users) > 1:
+                node.update_arg(index, _get_attribute(module, node, name, source))
+            taken.add(name)
+
+
+def fold_batch_norm(module: GraphModule) -> int:
+    """Fold each BatchNorm that alone reads a convolution into it, in place, and drop identities; returns how many.
+
+    W' = W g / sqrt(v + eps), b' = beta + (b - m) g / sqrt(v + eps), computed in float64.
+    """
+    folded = 0
+    for node in list(module.graph.nodes):
+        if name_operator(node) in IDENTITIES:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            continue
+        conv = node.args[0] if node.args else None
+        if name_operator(node) != BATCH_NORM or not isinstance(conv, Node) or len(conv.users) != 1:
+            continue
+        if name_operator(conv) not in CONVOLUTIONS or find_weight(conv) is None:
+            continue
+        _fold_one(module, conv, node)
+        folded += 1
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return folded
+
+
+def _fold_one(module: GraphModule, conv: Node, norm: Node) -> None:
+    weight_node = find_weight(conv)
+    assert weight_node is not None
+    weight_name = str(weight_node.target)
+    weight = read_attribute(module, weight_name).detach().double()
+
+    def read(node: object, default: float) -> Tensor:
+        if isinstance(node, Node):
+            return read_attribute(module, str(node.target)).detach().double()
+        return torch.full((weight.shape[0],), default, dtype=torch.float64, device=weight.device)
+
+    gamma, beta = read(norm.args[1], 1.0), read(norm.args[2], 0.0)
+    mean, variance = read(norm.args[3], 0.0), read(norm.args[4], 1.0)
+    eps = norm.args[7]
+    assert isinstance(eps, float)
+    factor = gamma / torch.sqrt(variance + eps)
+    bias = read(conv.args[2] if len(conv.args) > 2 else None, 0.0)
+    bias_name = weight_name.removesuffix("weight") + "bias"
+    set_buffer(module, weight_name, (weight * factor.view(-1, *[1] * (weight.ndim - 1))).float())
+    set_buffer(module, bias_name, (beta + (bias - mean) * factor).float())
+    bias_node = _get_attribute(module, conv, bias_name, norm.args[2] if isinstance(norm.args[2], Node) else None)
+    conv.args = (conv.args[0], weight_node, bias_node, *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    module.graph.erase_node(norm)
+
+
+def copy_graph(module: GraphModule) -> GraphModule:
+    """Copy graph and tensors, in-place calls written as ordinary ones; the caller's module is left alone.
+
+    deepcopy would also take the tracer's leftovers, and warn about them.
+    """
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    copied = GraphModule({name: read_attribute(module, name).detach().clone() for name in names}, graph).eval()
+    replace_in_place(copied)
+    return copied
+
+
+def replace_in_place(module: GraphModule) -> None:
+    """Write in-place calls (`relu_`) as ordinary ones, in place: whoever read the changed tensor reads the new one."""
+    order = {node: index for index, node in enumerate(module.graph.nodes)}
+    for node in list(module.graph.nodes):
+        if not name_operator(node).startswith("aten.") or "_." not in str(node.target):
+            continue
+        plain, _, overload = str(node.target).removeprefix("aten.").partition("_.")
+        function = getattr(getattr(torch.ops.aten, plain, None), overload, None)
+        changed = node.args[0]
+        if function is None or not isinstance(changed, Node):
+            continue
+        node.target = function
+        for user in list(changed.users):
+            if user is not node and order[user] > order[node]:
+                user.replace_input_with(changed, node)
+    module.recompile()
+
+
+def keep_picture_axes(module: GraphModule) -> None:
+    """Write a mean over both picture axes as one that keeps them, and a flatten: integer kernels pool that way."""
+    for node in list(module.graph.nodes):
+        source = node.args[0] if name_operator(node) == "aten.mean.dim" else None
+        value = source.meta.get("val") if isinstance(source, Node) else None
+        if not isinstance(value, Tensor) or value.ndim != 4 or len(node.args) != 2 or node.kwargs:
+            continue
+        if sorted(axis % 4 for axis in node.args[1]) != [2, 3]:
+            continue
+        with module.graph.inserting_after(node):
+            flat = module.graph.call_function(torch.ops.aten.flatten.using_ints, (node, 1))
+        node.replace_all_uses_with(flat, delete_user_cb=lambda user, flat=flat: user is not flat)
+        node.args = (*node.args, True)
+        flat.meta = dict(node.meta)
+        if isinstance(node.meta.get("val"), Tensor):
+            node.meta["val"] = flat.meta["val"].unsqueeze(-1).unsqueeze(-1)
+    module.recompile()

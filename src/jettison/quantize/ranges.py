@@ -1,0 +1,141 @@
+"""Ranges: how much of a tensor's tail to clip so that rounding the rest costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from jettison.core.errors import NonFiniteError, UnknownName
+from jettison.targets.integer import Levels, fake_quantize
+
+HALF_BINS = 2048
+"""Bins on each side of zero; at least eight of them fall into one of 255 steps."""
+GRID_POINTS = 80
+SMALLEST_SHARE = 0.4
+"""The grid of clip factors runs from here to 1 (algorithms.md 4.2)."""
+
+
+@dataclass
+class Histogram:
+    """Counts of a stream of values in bins aligned at zero; the bin width doubles when a value falls outside.
+
+    Exact zeros are not counted: every range holds them exactly, so they cost nothing.
+    """
+
+    low: float = 0.0
+    high: float = 0.0
+    width: float = 0.0
+    counts: Tensor | None = None
+    seen: int = 0
+
+    def add(self, x: Tensor, where: str) -> None:
+        """Count the values of `x`; raises NonFiniteError naming `where` if one is NaN or infinite."""
+        x = x.detach().to("cpu", torch.float32).flatten()
+        if x.numel() == 0:
+            return
+        low, high = (float(v) for v in x.aminmax())
+        if not (-float("inf") < low <= high < float("inf")):
+            raise NonFiniteError(
+                f"The calibration gives NaN or infinity at {where}. It came up while collecting ranges for int8. "
+                "Check the weights and the calibration inputs with torch.isfinite."
+            )
+        self.seen += x.numel()
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        reach = max(-low, high)
+        if reach == 0.0:
+            return
+        if self.counts is None:
+            self.width, self.counts = reach / HALF_BINS * 1.001, torch.zeros(2 * HALF_BINS, dtype=torch.float64)
+        while reach >= self.width * HALF_BINS:
+            merged = torch.zeros_like(self.counts)
+            merged[HALF_BINS // 2 : HALF_BINS + HALF_BINS // 2] = self.counts.view(-1, 2).sum(1)
+            self.width, self.counts = 2 * self.width, merged
+        index = torch.floor(x[x != 0] / self.width).long() + HALF_BINS
+        self.counts += torch.bincount(index.clamp_(0, 2 * HALF_BINS - 1), minlength=2 * HALF_BINS)
+
+
+Ranger = Callable[[Histogram, Levels], tuple[float, float]]
+"""From a histogram to the range (low, high) that the integers shall span; low <= 0 <= high."""
+
+
+def span_minmax(histogram: Histogram, levels: Levels) -> tuple[float, float]:
+    """Clip nothing: the range is that of the values seen."""
+    return histogram.low, histogram.high
+
+
+def span_mse(histogram: Histogram, levels: Levels) -> tuple[float, float]:
+    """Clip where the summed squared error of rounding and clipping is least; each end is searched on its own."""
+    low, high = histogram.low, histogram.high
+    if histogram.counts is None:
+        return low, high
+    used = histogram.counts.nonzero().flatten()
+    counts = histogram.counts[used]
+    centres = ((used - HALF_BINS + 0.5) * histogram.width).to(torch.float32)
+    shares = torch.linspace(SMALLEST_SHARE, 1.0, GRID_POINTS)
+
+    def best(lows: Tensor, highs: Tensor) -> tuple[float, float]:
+        scale, zero_point = choose_scale(lows, highs, levels)
+        rounded = fake_quantize(centres[None], scale[:, None], zero_point[:, None], levels)
+        error = ((rounded - centres[None]).double() ** 2 * counts[None]).sum(1)
+        # The last candidate is the widest; on a tie it wins, because clipping nothing needs no reason.
+        index = GRID_POINTS - 1 - int(error.flip(0).argmin())
+        return float(lows[index]), float(highs[index])
+
+    low, high = best(low * shares, high * shares)
+    low, high = best(torch.full_like(shares, low), _widened(high, histogram.high))
+    return best(_widened(low, histogram.low), torch.full_like(shares, high))
+
+
+def _widened(end: float, extreme: float) -> Tensor:
+    return torch.linspace(SMALLEST_SHARE * end, extreme, GRID_POINTS)
+
+
+RANGERS: dict[str, Ranger] = {"mse": span_mse, "minmax": span_minmax}
+
+
+def find_ranger(ranges: str | Ranger) -> Ranger:
+    """Return the function of that name, or the function itself; raises UnknownName."""
+    if callable(ranges):
+        return ranges
+    if ranges not in RANGERS:
+        raise UnknownName("range estimator", ranges, RANGERS)
+    return RANGERS[ranges]
+
+
+def choose_scale(low: Tensor, high: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point (float32, integral) for ranges that hold zero; zero falls on an integer exactly."""
+    low, high = low.clamp(max=0.0).float(), high.clamp(min=0.0).float()
+    if levels.symmetric:
+        scale, zero_point = torch.maximum(-low, high) / levels.q_max, torch.zeros_like(low)
+    else:
+        scale, zero_point = (high - low) / (levels.q_max - levels.q_min), None
+    # A tensor that was always zero, or denormal: any step serves, one of size 1 keeps the numbers ordinary.
+    scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+    if zero_point is None:
+        zero_point = (levels.q_min + torch.round(-low / scale)).clamp(levels.q_min, levels.q_max)
+    return scale, zero_point
+
+
+def choose_weight_scale(weight: Tensor, axis: int, levels: Levels) -> Tensor:
+    """Return one scale per channel of `axis`: the point of the grid with the least squared error.
+
+    A channel far below the largest keeps at least 2^-12 of its scale: what it loses is below the output's own
+    step, and its int32 bias, whose step is this scale times the input's, stays in range.
+    """
+    rows = weight.detach().float().movedim(axis, 0).flatten(1)
+    most = rows.abs().amax(1) / levels.q_max
+    largest = float(most.max())
+    if largest == 0.0:
+        return torch.ones_like(most)
+    most = most.clamp(min=largest * 2.0**-12)
+    best_error = torch.full_like(most, float("inf"))
+    best = most.clone()
+    for share in torch.linspace(1.0, SMALLEST_SHARE, GRID_POINTS):
+        scale = most * share
+        error = (fake_quantize(rows, scale[:, None], 0, levels) - rows).pow(2).sum(1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best.clamp(min=largest * 2.0**-12)

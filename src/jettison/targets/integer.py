@@ -1,0 +1,91 @@
+"""What integer arithmetic a target has, as plain data, and the one rounding rule every room uses.
+
+Contract: `q = clamp(round_half_even(x / s) + z, q_min, q_max)` and `x' = (q - z) * s`, in float32, by division.
+Multiplying with a reciprocal differs rarely but not never, and ONNX's QuantizeLinear divides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The integers a tensor may take, ends included; symmetric ones have zero point 0."""
+
+    q_min: int
+    q_max: int
+    symmetric: bool
+
+
+@dataclass(frozen=True)
+class IntegerScheme:
+    """Which operators a target runs on integers, and how their tensors are stored.
+
+    `weighted` maps an ATen operator to its weight's output-channel axis. An operator in `float_output` may give
+    float32 straight from its integer kernel; the others must be followed by a quantized tensor. `fused` are
+    activations that disappear into the range of the operator before them. `requantized` have their own output
+    range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
+    All operator names are like "aten.conv2d.default".
+    """
+
+    target: str
+    activation: Levels
+    weight: Levels
+    weighted: Mapping[str, int]
+    float_output: frozenset[str]
+    fused: frozenset[str]
+    requantized: frozenset[str]
+    shared: frozenset[str]
+    inherited: frozenset[str]
+    why: str
+
+
+def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:
+    """Return the integers of `x` as float32; `scale` and `zero_point` broadcast against `x`."""
+    import torch
+
+    return torch.clamp(torch.round(x / scale) + zero_point, levels.q_min, levels.q_max)
+
+
+def dequantize_linear(q: Tensor, scale: Tensor, zero_point: Tensor | int) -> Tensor:
+    """Return the numbers that the integers `q` stand for, as float32."""
+    import torch
+
+    return (q.to(torch.float32) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:
+    """Round `x` to the grid of `levels` and come back: what the target's arithmetic leaves of it."""
+    return dequantize_linear(quantize_linear(x, scale, zero_point, levels), scale, zero_point)
+
+
+@functools.cache
+def quantize_operator() -> Any:
+    """Return the operator `jettison::quantize_per_tensor`, registered on first use.
+
+    PT2E's own operator multiplies by a reciprocal; this one divides, as the runtimes do. Both take
+    `(x, scale, zero_point, quant_min, quant_max, dtype)`.
+    """
+    import torch
+
+    def divide(x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype) -> Tensor:
+        # A tensor of one element, not a scalar: torch's CUDA division by a scalar multiplies with its reciprocal.
+        step = torch.full((1,), scale, dtype=torch.float32, device=x.device)
+        return quantize_linear(x, step, zero_point, Levels(quant_min, quant_max, False)).to(dtype)
+
+    torch.library.define(
+        "jettison::quantize_per_tensor",
+        "(Tensor x, float scale, int zero_point, int quant_min, int quant_max, ScalarType dtype) -> Tensor",
+    )
+    torch.library.impl("jettison::quantize_per_tensor", "CompositeExplicitAutograd", divide)
+    torch.library.register_fake(
+        "jettison::quantize_per_tensor", lambda x, s, z, low, high, dtype: torch.empty_like(x, dtype=dtype)
+    )
+    return torch.ops.jettison.quantize_per_tensor.default

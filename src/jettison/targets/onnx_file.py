@@ -1,0 +1,257 @@
+"""From a flat graph to one small, self-contained ONNX file that keeps the layers' names."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jettison.core.errors import ExportError
+from jettison.core.plain import write_bytes
+from jettison.targets.integer import quantize_operator
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+OPSET = 18
+
+
+def export(
+    module: GraphModule,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_batch: bool,
+) -> None:
+    """Write a float or converted graph as one ONNX file, whole or not at all, and let ONNX check it.
+
+    The first dimension of every input is named "batch" where `dynamic_batch`. Raises ExportError naming the
+    operator that has no counterpart, StorageError where the file cannot be written.
+    """
+    import onnx
+
+    proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
+    _pool_globally(proto)
+    _name_nodes(proto)
+    _strip(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"ONNX refuses the exported network: {error}. {_REMEDY}") from error
+    write_bytes(proto.SerializeToString(), path)
+
+
+_REMEDY = "Replace the operator in the network, or leave the part that holds it out of the export."
+
+
+def _convert(
+    module: GraphModule,
+    inputs: tuple[Tensor, ...],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic: bool,
+) -> onnx.ModelProto:
+    import torch
+
+    # The exporter specialises a batch of 1; two rows keep the dimension free.
+    if dynamic:
+        inputs = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in inputs)
+    shapes = tuple({0: torch.export.Dim.DYNAMIC} for _ in inputs) if dynamic else None
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                module,
+                inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(input_names),
+                output_names=list(output_names),
+                dynamic_shapes=shapes,
+                custom_translation_table={quantize_operator(): _translate_quantize()},
+                verbose=False,
+                optimize=True,
+            )
+        except Exception as error:
+            raise ExportError(_explain(error)) from error
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    if dynamic:
+        _name_batch(proto)
+    return proto
+
+
+def _explain(error: BaseException) -> str:
+    text, cause = str(error), error.__cause__
+    while cause is not None:
+        text, cause = f"{text}\n{cause}", cause.__cause__
+    operator = re.search(r"(?:No ONNX function found for|No decompositions registered for).*?([\w:.]+\.[\w.]+)", text)
+    what = (
+        f"operator {operator.group(1)}" if operator else f"{type(error).__name__}: {text.strip().splitlines()[0][:200]}"
+    )
+    return f"The network cannot be written as ONNX: {what}. torch.onnx.export has no way to express it. {_REMEDY}"
+
+
+def _translate_quantize() -> Callable[..., Any]:
+    """Return the ONNX form of `jettison::quantize_per_tensor`, QuantizeLinear."""
+    import onnx_ir
+    import onnxscript
+
+    def quantize(x: Any, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: int) -> Any:
+        import numpy as np
+
+        # Untyped on purpose: onnxscript's stubs describe eager tensors, the exporter passes graph values.
+        op: Any = onnxscript.opset18
+        kind = onnx_ir.DataType(dtype).numpy()
+        zero = op.Constant(value=onnx_ir.serde.serialize_tensor(onnx_ir.tensor(np.array(zero_point, kind))))
+        step = op.Constant(value=onnx_ir.serde.serialize_tensor(onnx_ir.tensor(np.array(scale, np.float32))))
+        return op.QuantizeLinear(x, step, zero)
+
+    return quantize
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporter's progress lines, its log and its deprecation warnings; errors still come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        for category in (DeprecationWarning, FutureWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)")
+        # In a flat graph training or not is written into each operator; the module's flag says nothing.
+        warnings.filterwarnings("ignore", message="Exporting a model while it is in training mode")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _name_batch(proto: onnx.ModelProto) -> None:
+    """Rename the exporter's symbol for the first dimension to "batch" wherever it stands."""
+    symbols = {i.type.tensor_type.shape.dim[0].dim_param for i in proto.graph.input} - {""}
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in symbols:
+                dim.dim_param = "batch"
+
+
+SEE_THROUGH = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast")
+WITH_WEIGHT = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+BELONGING = ("Relu", "Clip", "Add", "BatchNormalization")
+
+
+def _trace_back(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
+    """Return the value that this one is a repacking of."""
+    while value in producers and producers[value].op_type in SEE_THROUGH:
+        value = producers[value].input[0]
+    return value
+
+
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Name nodes and their outputs after their layers: "conv1", "conv1.relu"; the others get short names.
+
+    The runtime names what it fuses after these, so profiles and audits can be read.
+    """
+    graph = proto.graph
+    constants = {i.name for i in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    kept = {value.name for value in (*graph.output, *graph.input)} | constants
+    named: dict[int, str] = {}
+    renamed: dict[str, str] = {}
+    for index, node in enumerate(graph.node):
+        name = f"{node.op_type.removesuffix('Linear').lower()}_{index}"
+        sources = [_trace_back(value, producers) for value in node.input]
+        if node.op_type in WITH_WEIGHT and sources[1] in constants and sources[1].endswith(".weight"):
+            name = sources[1].removesuffix(".weight")
+        elif node.op_type in BELONGING:
+            layers = [named[id(producers[s])] for s in sources if s in producers and id(producers[s]) in named]
+            name = f"{layers[0]}.{node.op_type.lower()}" if layers else name
+        if name in named.values() or name in kept:
+            name = f"{name}_{index}"
+        if node.op_type in (*WITH_WEIGHT, *BELONGING):
+            named[id(node)] = name
+        node.name = name
+        for place, output in enumerate(node.output):
+            if output and output not in kept:
+                renamed[output] = name if place == 0 else f"{name}#{place}"
+    for node in graph.node:
+        for values in (node.input, node.output):
+            values[:] = [renamed.get(value, value) for value in values]
+
+
+def _pool_globally(proto: onnx.ModelProto) -> None:
+    """Write a mean over both picture axes as GlobalAveragePool, which has an integer kernel; ReduceMean has none."""
+    from onnx import helper, numpy_helper
+
+    graph = proto.graph
+    constants = {i.name: i for i in graph.initializer}
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*graph.value_info, *graph.input, *graph.output)}
+    nodes = []
+    for node in graph.node:
+        axes = node.input[1] if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+        rank = next((ranks[v] for v in (node.input[0], node.output[0]) if v in ranks), None) if axes else None
+        keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        rank = rank + 2 if rank is not None and not keep and node.input[0] not in ranks else rank
+        if axes not in constants or rank != 4 or {int(a) % 4 for a in numpy_helper.to_array(constants[axes])} != {2, 3}:
+            nodes.append(node)
+        elif keep:
+            nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output)))
+        else:
+            pooled = f"{node.output[0]}_pooled"
+            nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled]))
+            nodes.append(helper.make_node("Flatten", [pooled], list(node.output), axis=1))
+    _replace_nodes(graph, nodes)
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Drop what no runtime reads: stack traces, signatures, inner shapes, zero points of biases, equal constants."""
+    graph = proto.graph
+    for item in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    graph.ClearField("value_info")
+    graph.name = "jettison"
+    kinds = {i.name: i.data_type for i in graph.initializer}
+    int32 = 6  # onnx.TensorProto.INT32; a zero point of that type may only be zero, and is when it is left out
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) == 3 and kinds.get(node.input[0]) == int32:
+            del node.input[2]
+    same: dict[bytes, str] = {}
+    renamed: dict[str, str] = {}
+    for constant in graph.initializer:
+        if constant.name.endswith((".weight", ".bias")):
+            continue
+        name = constant.name
+        constant.ClearField("name")
+        renamed[name] = same.setdefault(constant.SerializeToString(), f"c{len(same)}")
+        constant.name = name
+    used: set[str] = set()
+    for node in graph.node:
+        node.input[:] = [renamed.get(value, value) for value in node.input]
+        used.update(node.input)
+    kept = []
+    for constant in graph.initializer:
+        constant.name = renamed.get(constant.name, constant.name)
+        if constant.name in used:
+            used.discard(constant.name)
+            kept.append(constant)
+    copies = [type(constant).FromString(constant.SerializeToString()) for constant in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(copies)
