@@ -1,5 +1,6 @@
-"""Recovery by learning from the original: losses between two networks' outputs and features, and the one
-training loop. Refuses to know what made the student smaller, and needs inputs only.
+"""Recovery by learning from the original: losses between two networks, and the one training loop.
+
+Refuses to know what made the student smaller, and needs inputs only.
 
 | loss | compares |
 |---|---|

@@ -121,7 +121,9 @@ def _compute_loss(
     return loss
 
 
-def _run(module: fx.GraphModule, batch: Batch, points: Mapping[str, Tensor]) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+def _run(
+    module: fx.GraphModule, batch: Batch, points: Mapping[str, Tensor]
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
     if not points:
         return module(*batch), {}
     features: dict[str, Tensor] = {}

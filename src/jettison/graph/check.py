@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from jettison.core.record import Check
 from jettison.graph.axes import Keeps, evaluate_mask, is_touched
 from jettison.graph.groups import Graph
-from jettison.graph.trace import Batch, evaluate_node, get_tensor
+from jettison.graph.trace import Batch, evaluate_node, find_attribute
 
 MASKED_TOLERANCE = 1e-10
 """Largest relative difference in float64: rounding of differently ordered sums, nothing else."""
@@ -26,16 +27,17 @@ def check_masked(graph: Graph, pruned: fx.GraphModule, keeps: Keeps, inputs: Bat
 
     Every node of the original is multiplied by the mask of its own terms; norms over a pruned axis take
     their statistics over kept positions. `pruned` must hold the weights that slicing gave, not retrained ones.
-    The value is the largest difference relative to 1 + the largest output. A float64 copy is made; nothing of the caller's changes.
+    The value is the largest difference relative to 1 + the largest output. A float64 copy is made; nothing of
+    the caller's changes.
     """
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     with torch.no_grad():
         masked = run_masked(graph, keeps, wide)
-        sliced = _run_double(pruned, wide)
-        original = _run_double(graph.module, wide)
-    scale = 1 + max(float(y.abs().max()) for y in original)
-    error = max(float((a - b).abs().max()) for a, b in zip(masked, sliced, strict=True)) / scale
-    effect = max(float((a - b).abs().max()) for a, b in zip(masked, original, strict=True)) / scale
+        sliced = run_double(pruned, wide)
+        original = run_double(graph.module, wide)
+    scale = 1 + max(float(y.double().abs().max()) for y in original)
+    error = measure_difference(masked, sliced) / scale
+    effect = measure_difference(masked, original) / scale
     touched = any(not bool(v.all()) for v in keeps.values())
     vacuous = touched and effect < VACUOUS
     detail = f"the kept outputs, float64; pruning changes the output by {effect:.2g}"
@@ -44,22 +46,52 @@ def check_masked(graph: Graph, pruned: fx.GraphModule, keeps: Keeps, inputs: Bat
     return Check("masked = sliced", error <= MASKED_TOLERANCE and not vacuous, error, MASKED_TOLERANCE, detail)
 
 
+def measure_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
+    """Return the largest absolute difference between two lists of tensors; infinite where shapes or numbers break."""
+    worst = 0.0
+    for a, b in zip(some, others, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        difference = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        worst = max(worst, difference if math.isfinite(difference) else math.inf)
+    return worst
+
+
 def run_masked(graph: Graph, keeps: Keeps, inputs: Batch) -> tuple[Tensor, ...]:
-    """Run the original graph with every node's output multiplied by the keep-mask of its terms."""
+    """Run the original graph in float64 with every node's output multiplied by the keep-mask of its terms."""
+
+    def step(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        return _mask(_evaluate(node, values, graph, keeps), graph.axes.terms.get(node, ()), keeps)
+
+    return _run(graph.module, inputs, step)
+
+
+def run_double(module: fx.GraphModule, inputs: Batch) -> tuple[Tensor, ...]:
+    """Run a flat graph with its weights read as float64; returns the tensors among its outputs."""
+    return _run(module, inputs, evaluate_node)
+
+
+def _run(
+    module: fx.GraphModule, inputs: Batch, step: Callable[[fx.Node, Mapping[fx.Node, Any]], Any]
+) -> tuple[Tensor, ...]:
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
-    for node in graph.module.graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(feed)
         elif node.op == "get_attr":
-            tensor = get_tensor(graph.module, str(node.target)).detach()
-            values[node] = tensor.double() if tensor.is_floating_point() else tensor
+            values[node] = _widen(find_attribute(module, str(node.target)))
         elif node.op == "output":
-            result: tuple[Tensor, ...] = tuple(values[n] for n in node.args[0])
-            return result
+            return tuple(v for v in evaluate_node(node, values) if isinstance(v, Tensor))
         else:
-            values[node] = _mask(_evaluate(node, values, graph, keeps), graph.axes.terms.get(node, ()), keeps)
+            values[node] = step(node, values)
     raise AssertionError("a graph without an output node")
+
+
+def _widen(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().double() if value.is_floating_point() else value.detach()
 
 
 def _mask(value: Any, dims: Any, keeps: Keeps) -> Any:
@@ -79,14 +111,24 @@ def _evaluate(node: fx.Node, values: Mapping[fx.Node, Any], graph: Graph, keeps:
     packet = getattr(node.target, "overloadpacket", None)
     restricted = _RESTRICTED.get(packet)
     if restricted is not None:
-        args = fx.node.map_arg(node.args, lambda n: values[n])
-        return restricted(args, graph.axes.terms[node], keeps)
+        return restricted(_bind(node, values), graph.axes.terms[node], keeps)
     return evaluate_node(node, values)
+
+
+def _bind(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, ...]:
+    """Return all arguments by position, those given by name and those left out too."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    given = list(node.args)
+    for argument in node.target._schema.arguments[len(given) :]:
+        given.append(node.kwargs.get(argument.name, argument.default_value))
+    bound: tuple[Any, ...] = tuple(fx.node.map_arg(given, lambda n: values[n]))
+    return bound
 
 
 def _layer_norm(args: tuple[Any, ...], dims: Any, keeps: Keeps) -> Tensor:
     """Layer norm whose mean and variance are taken over kept positions only."""
-    x, shape = args[0], args[1]
+    x: Tensor = args[0]
+    shape = args[1]
     count = len(shape)
     mask = torch.ones((), dtype=x.dtype, device=x.device)
     for term in dims[-count:]:
@@ -95,41 +137,45 @@ def _layer_norm(args: tuple[Any, ...], dims: Any, keeps: Keeps) -> Tensor:
     total = mask.sum()
     mean = (x * mask).sum(axes, keepdim=True) / total
     variance = (((x - mean) * mask) ** 2).sum(axes, keepdim=True) / total
-    out = (x - mean) / torch.sqrt(variance + (args[4] if len(args) > 4 else 1e-5))
-    if len(args) > 2 and args[2] is not None:
+    out: Tensor = (x - mean) / torch.sqrt(variance + args[4])
+    if args[2] is not None:
         out = out * args[2]
-    if len(args) > 3 and args[3] is not None:
+    if args[3] is not None:
         out = out + args[3]
     return out * mask
 
 
 def _group_norm(args: tuple[Any, ...], dims: Any, keeps: Keeps) -> Tensor:
     """Group norm whose statistics are taken over kept positions of each group."""
-    x, groups = args[0], int(args[1])
+    x: Tensor = args[0]
+    groups = int(args[1])
     mask = evaluate_mask(dims[1], keeps).to(x).reshape(1, groups, -1, 1)
     grouped = x.reshape(x.shape[0], groups, x.shape[1] // groups, -1)
     total = (mask.sum(2, keepdim=True) * grouped.shape[3]).clamp(min=1)
     mean = (grouped * mask).sum((2, 3), keepdim=True) / total
     variance = (((grouped - mean) * mask) ** 2).sum((2, 3), keepdim=True) / total
-    out = ((grouped - mean) / torch.sqrt(variance + (args[4] if len(args) > 4 else 1e-5))).reshape(x.shape)
+    out = ((grouped - mean) / torch.sqrt(variance + args[4])).reshape(x.shape)
     shape = (1, -1, *([1] * (x.dim() - 2)))
-    if len(args) > 2 and args[2] is not None:
+    if args[2] is not None:
         out = out * args[2].reshape(shape)
-    if len(args) > 3 and args[3] is not None:
+    if args[3] is not None:
         out = out + args[3].reshape(shape)
     return out
 
 
 def _rms_norm(args: tuple[Any, ...], dims: Any, keeps: Keeps) -> Tensor:
     """RMS norm whose mean square is taken over kept positions only."""
-    x, count = args[0], len(args[1])
+    x: Tensor = args[0]
+    count = len(args[1])
     mask = torch.ones((), dtype=x.dtype, device=x.device)
     for term in dims[-count:]:
         mask = mask[..., None] * evaluate_mask(term, keeps).to(x)
     square = ((x * mask) ** 2).sum(tuple(range(-count, 0)), keepdim=True) / mask.sum()
-    eps = args[3] if len(args) > 3 and args[3] is not None else torch.finfo(x.dtype).eps
-    out = x * torch.rsqrt(square + eps)
-    return out * args[2] if len(args) > 2 and args[2] is not None else out
+    eps = args[3] if args[3] is not None else torch.finfo(x.dtype).eps
+    out: Tensor = x * torch.rsqrt(square + eps)
+    if args[2] is not None:
+        out = out * args[2]
+    return out
 
 
 _RESTRICTED: dict[Any, Callable[[tuple[Any, ...], Any, Keeps], Tensor]] = {
@@ -137,20 +183,3 @@ _RESTRICTED: dict[Any, Callable[[tuple[Any, ...], Any, Keeps], Tensor]] = {
     aten.group_norm: _group_norm,
     aten.rms_norm: _rms_norm,
 }
-
-
-def _run_double(module: fx.GraphModule, inputs: Batch) -> tuple[Tensor, ...]:
-    values: dict[fx.Node, Any] = {}
-    feed = iter(inputs)
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(feed)
-        elif node.op == "get_attr":
-            tensor = get_tensor(module, str(node.target)).detach()
-            values[node] = tensor.double() if tensor.is_floating_point() else tensor
-        elif node.op == "output":
-            result: tuple[Tensor, ...] = tuple(values[n] for n in node.args[0])
-            return result
-        else:
-            values[node] = evaluate_node(node, values)
-    raise AssertionError("a graph without an output node")

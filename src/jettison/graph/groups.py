@@ -14,7 +14,7 @@ from jettison.core.record import FrozenPart
 from jettison.graph.analyse import Axes, analyse
 from jettison.graph.axes import Atom, iterate_atoms
 from jettison.graph.rules import RULES, elementwise
-from jettison.graph.trace import Traced, get_tensor, trace_module
+from jettison.graph.trace import Traced, find_attribute, get_tensor, trace_module
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Graph:
 def trace(model: nn.Module, inputs: Any, kwinputs: Mapping[str, Any] | None = None) -> Graph:
     """Return the graph of `model` with its prune groups; the model is not changed.
 
-    `inputs` is a tensor or a tuple of tensors as the network is called; `kwinputs` its keyword inputs. Raises ShapeError,
-    NonFiniteError or TraceError (see `jettison.core.errors`).
+    `inputs` is a tensor or a tuple of tensors as the network is called; `kwinputs` its keyword inputs. Raises
+    ShapeError, NonFiniteError or TraceError (see `jettison.core.errors`).
     """
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     return build_graph(trace_module(model, args, kwinputs))
@@ -132,7 +132,12 @@ def _tensors_in_order(module: fx.GraphModule) -> list[str]:
     for node in module.graph.nodes:
         if node.op == "call_function":
             names += [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-    return [n for n in dict.fromkeys(names) if get_tensor(module, n).is_floating_point()]
+    found = {name: find_attribute(module, name) for name in dict.fromkeys(names)}
+    first: dict[int, str] = {}  # a tied tensor goes by the name it is met with first
+    for name, tensor in found.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            first.setdefault(id(tensor), name)
+    return list(first.values())
 
 
 def _make_group(module: fx.GraphModule, atom: Atom, members: list[Member]) -> Group:

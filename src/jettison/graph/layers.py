@@ -103,7 +103,11 @@ def find_owners(term: Term, atom: Atom) -> Tensor:
 def following_batch_norm(node: fx.Node) -> fx.Node | None:
     """Return the BatchNorm that alone uses this node's output, if there is one."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target == aten.batch_norm.default else None
+    if len(users) != 1 or users[0].target != aten.batch_norm.default:
+        return None
+    # After a linear layer over tokens, dimension 1 (which BatchNorm scales) is not the layer's channels.
+    is_linear_over_tokens = node.target == aten.linear.default and len(shape_of(node) or ()) != 2
+    return None if is_linear_over_tokens else users[0]
 
 
 def output_positions(layer: Layer) -> int:

@@ -222,7 +222,7 @@ def repeat_interleave(walk: Walk) -> Dims | None:
 
 
 def turn(walk: Walk) -> Dims:
-    """roll and flip: positions change places along dimensions that therefore stay whole."""
+    """Roll and flip: positions change places along dimensions that therefore stay whole."""
     x = walk.dims(walk.args[0])
     named = walk.arg(2, "dims", []) if walk.node.target == torch.ops.aten.roll.default else walk.args[1]
     dims = [named] if isinstance(named, int) else list(named) or range(len(x))
@@ -230,7 +230,7 @@ def turn(walk: Walk) -> Dims:
     return x
 
 
-def index(walk: Walk) -> Dims | None:
+def look_up(walk: Walk) -> Dims | None:
     """Rows looked up by number: the dimensions looked into stay whole, those beside them pass."""
     x, numbers = walk.dims(walk.args[0]), list(walk.args[1])
     at = [i for i, n in enumerate(numbers) if n is not None]

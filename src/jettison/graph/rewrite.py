@@ -16,7 +16,7 @@ from jettison.graph.analyse import Axes, Dims
 from jettison.graph.axes import Cat, Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
 from jettison.graph.groups import Graph, build_graph
 from jettison.graph.rules import resolve_dim
-from jettison.graph.trace import Traced, get_tensor, shape_of
+from jettison.graph.trace import Traced, find_attribute, get_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -41,8 +41,12 @@ def slice_graph(graph: Graph, keeps: Keeps) -> fx.GraphModule:
 def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
     """Return the graph with only `kept` positions of the named groups, analysed anew; weights are copies."""
     module = slice_graph(graph, graph.keeps(kept))
-    for name, tensor in dict(module.state_dict()).items():
-        _assign(module, name, tensor.clone())
+    own: dict[int, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in own:
+            copied = tensor.detach().clone()
+            own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if _is_parameter(tensor) else copied
+        _assign(module, name, own[id(tensor)])
     refresh(module, graph.module)
     traced = graph.traced
     return build_graph(
@@ -66,9 +70,13 @@ def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:
 def _slice_tensors(graph: Graph, keeps: Keeps) -> nn.Module:
     """Build a bare module tree that holds the sliced parameters and buffers under their old names."""
     root = nn.Module()
+    made: dict[int, Tensor] = {}
     named = {str(n.target) for n in graph.module.graph.nodes if n.op == "get_attr"}
     for name in sorted(named):
-        tensor = get_tensor(graph.module, name)
+        tensor = find_attribute(graph.module, name)
+        if not isinstance(tensor, Tensor):
+            root.add_module(name, tensor)  # a sub-graph: everything it touches is frozen
+            continue
         for dim, term in enumerate(graph.axes.tensors[name]):
             if is_touched(term, keeps):
                 index = evaluate_mask(term, keeps).nonzero().flatten().to(tensor.device)
@@ -76,8 +84,12 @@ def _slice_tensors(graph: Graph, keeps: Keeps) -> nn.Module:
         old = get_tensor(graph.module, name)
         if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
-        _assign(root, name, tensor)
+        _assign(root, name, made.setdefault(id(old), tensor))  # tied tensors stay tied
     return root
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
 
 
 def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -167,6 +179,8 @@ def _fix_split(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     assert isinstance(dim, int)
     dim = resolve_dim(dim, len(parts[0]))
+    if not any(is_touched(p[dim], keeps) for p in parts):
+        return
     copy.target = aten.split_with_sizes.default
     copy.args = (copy.args[0], [count_kept(p[dim], keeps) for p in parts], dim)
     copy.kwargs = {}
@@ -188,6 +202,21 @@ def _fix_slice(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     before = int(evaluate_mask(Cat((source[dim],)), keeps)[:start].sum())
     _set(copy, 2, "start", before)
     _set(copy, 3, "end", before + count_kept(out, keeps))
+
+
+def _fix_squeeze(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    """An axis pruned down to one position is not to vanish with those that always had one."""
+    assert isinstance(node.args[0], fx.Node)
+    source: Dims = axes.terms[node.args[0]]
+    if node.target == aten.squeeze.default:
+        copy.target = aten.squeeze.dims
+        copy.args = (copy.args[0], [i for i, t in enumerate(source) if t.size == 1])
+    elif node.target == aten.squeeze.dims:
+        named = [resolve_dim(d, len(source)) for d in node.args[1]]  # type: ignore[union-attr,arg-type,misc]
+        copy.update_arg(1, [d for d in named if source[d].size == 1])
+    elif source[resolve_dim(node.args[1], len(source))].size != 1:  # type: ignore[arg-type]
+        copy.target = aten.squeeze.dims
+        copy.args = (copy.args[0], [])
 
 
 def _fix_layer_norm(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
@@ -227,6 +256,7 @@ _FIXES: dict[Any, Fix] = {
     aten.split_with_sizes: _fix_split,
     aten.chunk: _fix_split,
     aten.slice: _fix_slice,
+    aten.squeeze: _fix_squeeze,
     aten.layer_norm: _fix_layer_norm,
     aten.rms_norm: _fix_layer_norm,
     aten.group_norm: _fix_group_norm,

@@ -91,7 +91,9 @@ def collect_moments(
                 layer = by_node.get(node)
                 if layer is None:
                     continue
-                pair = sample_positions(layer, values[node.args[0]], value, positions // len(batches) + 1, generator)
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                pair = sample_positions(layer, values[source], value, positions // len(batches) + 1, generator)
                 if pair is not None:
                     if node not in found:
                         x, y = pair

@@ -154,11 +154,12 @@ def _refit(pruned: fx.GraphModule, layer: Layer, fit: Moments, judge: Moments) -
 
 def _find_home(layer: Layer) -> str | None:
     """Name the tensor that can take a shift of the layer's output: its bias, or the mean its BatchNorm subtracts."""
-    if layer.bias:
-        return layer.bias
+    home = layer.node.args[2] if layer.bias else None
     norm = following_batch_norm(layer.node)
-    mean = norm.args[3] if norm is not None else None
-    return str(mean.target) if isinstance(mean, fx.Node) else None
+    if home is None and norm is not None:
+        home = norm.args[3]
+    # A tensor that others read too must not be shifted for this layer's sake.
+    return str(home.target) if isinstance(home, fx.Node) and len(home.users) == 1 else None
 
 
 def _store(pruned: fx.GraphModule, layer: Layer, solved: Tensor, shift: Tensor, home: str | None) -> None:
