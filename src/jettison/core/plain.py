@@ -44,14 +44,18 @@ def from_plain(kind: Any, data: Any, where: str = "") -> Any:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return tuple(from_plain(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(data))
         if len(arguments) == len(data):
-            return tuple(from_plain(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, data, strict=True)))
+            return tuple(
+                from_plain(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(arguments, data, strict=True))
+            )
     if origin is not None and issubclass(origin, Mapping) and isinstance(data, dict):
         return {k: from_plain(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(data, dict):
         hints = typing.get_type_hints(kind)
         names = {f.name for f in dataclasses.fields(kind)}
         if names != set(data):
-            raise CheckpointError(f"{where or kind.__name__} has fields {sorted(set(data) ^ names)} too many or too few.")
+            raise CheckpointError(
+                f"{where or kind.__name__} has fields {sorted(set(data) ^ names)} too many or too few."
+            )
         return kind(**{k: from_plain(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in data.items()})
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)

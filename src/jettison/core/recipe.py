@@ -47,6 +47,10 @@ class Recipe:
         for name in ("samples", "judges", "multiple", "positions", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"Recipe {name}={getattr(self, name)} must be at least 1.")
+        if isinstance(self.protect, str):
+            raise InputError(
+                f"Recipe protect={self.protect!r} must be a tuple of group names: protect=({self.protect!r},)."
+            )
         for name in ("steps", "corrections"):
             if getattr(self, name) < 0:
                 raise InputError(f"Recipe {name}={getattr(self, name)} must not be negative.")

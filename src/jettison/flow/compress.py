@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from jettison.core.plan import Plan, PlanPoint
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check, Record
 from jettison.flow.calibration import Calibration, make_calibration
-from jettison.flow.deciding import decide, load_sensitivity, measure_reference, Reference
+from jettison.flow.deciding import Reference, decide, load_sensitivity, measure_reference
 from jettison.flow.evaluation import Evaluate, agreement
 from jettison.flow.folder import RunFolder, fingerprint, open_folder
-from jettison.flow.proving import Measurements, count_widths, measure_variants, predict_original, run_checks
+from jettison.flow.proving import Measurements, count_widths, measure_variants, run_checks
 from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
-from jettison.flow.run import Run, export_file
+from jettison.flow.run import Run, export_file, nest_predict
 from jettison.graph.groups import Graph, trace
 from jettison.graph.store import load_graph, save_graph
 from jettison.graph.trace import nest
 from jettison.progress import show_progress
+from jettison.prune.criteria import find_criterion
 from jettison.quantize import Quantized, quantize
 from jettison.report.html import write_html
 from jettison.targets import find_target
@@ -69,6 +71,9 @@ class Result:
                 shutil.copyfile(self.folder / name, partial)
                 partial.replace(folder / name)
         except OSError as error:
+            for name in DELIVERABLES:
+                with contextlib.suppress(OSError):
+                    (folder / f".{name}.partial").unlink(missing_ok=True)
             raise StorageError(f"{folder} could not be written: {error.strerror}. Choose another folder.") from error
         return folder
 
@@ -100,25 +105,36 @@ def compress(
     Raises BudgetError, carrying the best result, where the budget is not met; VerificationError where an oracle
     finds the result wrong; InputError and its kinds for what was given; see `jettison.core.errors`.
     """
-    if threads < 1:
-        raise InputError(f"threads={threads} must be at least 1.")
     recipe = recipe or Recipe()
+    _check_settings(budget, recipe, threads, evaluate)
     runtime = find_target(target)
-    where = torch.device(device) if device is not None else _device_of(model)
+    find_criterion(recipe.criterion)
+    where = _find_device(device, model)
     if where != _device_of(model):
         model = copy.deepcopy(model).to(where)
-    with show_progress(not quiet), torch.random.fork_rng():
-        data, arguments, keywords = make_calibration(
-            calibration, model, seal=evaluate is None, seed=seed, device=where
-        )
+    # The caller may stand inside no_grad or inference_mode; gradients are switched on where something learns.
+    with show_progress(not quiet), torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
+        data, arguments, keywords = make_calibration(calibration, model, seal=evaluate is None, seed=seed, device=where)
         graph = _trace_small(model, arguments, keywords)
+        for group in recipe.protect:
+            graph.find(group)
+        if not graph.traced.dynamic_batch:
+            data = replace(data, fixed=len(graph.traced.example[0]))
+        if evaluate is None:
+            evaluate = _make_agreement(graph, data)
         settings = to_plain(
-            {"budget": budget, "recipe": recipe, "target": target, "threads": threads, "seed": seed, "device": str(where)}
+            {
+                "budget": budget,
+                "recipe": recipe,
+                "target": target,
+                "threads": threads,
+                "seed": seed,
+                "device": str(where),
+                "sealed": data.seal,
+            }
         )
         folder = _open(out, graph, data, settings)
         run = Run(graph, data, budget, recipe, runtime, threads, seed, folder)
-        if evaluate is None:
-            evaluate = _make_agreement(run)
         return _carry_out(run, evaluate, name or type(model).__name__, command or "")
 
 
@@ -194,6 +210,34 @@ def _timed(run: Run, name: str, compute: Any) -> Any:
     return result
 
 
+def _check_settings(budget: Budget, recipe: Recipe, threads: int, evaluate: Evaluate | None) -> None:
+    """Refuse at once what would otherwise show only after minutes."""
+    for name, value, kind in (("budget", budget, Budget), ("recipe", recipe, Recipe)):
+        if not isinstance(value, kind):
+            raise InputError(f"{name}={value!r} is a {type(value).__name__}. Give a jettison.{kind.__name__}(...).")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise InputError(f"threads={threads!r} must be a whole number, at least 1.")
+    if evaluate is not None and not callable(evaluate):
+        raise InputError(
+            f"evaluate is a {type(evaluate).__name__}. Give a function that scores a network, such as "
+            "jettison.accuracy(batches)."
+        )
+
+
+def _find_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    own = _device_of(model)
+    if device is None:
+        return own
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"device={device!r} cannot be used here: {str(error).splitlines()[0]} Leave it out, or pass 'cpu'."
+        ) from error
+    return where
+
+
 def _device_of(model: nn.Module) -> torch.device:
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
@@ -226,20 +270,18 @@ def _open(out: Path | str | None, graph: Graph, data: Calibration, settings: dic
     return open_folder(path, fingerprint(state, first, graph.module.code, settings), settings)
 
 
-def _make_agreement(run: Run) -> Evaluate:
-    sealed = list(run.calibration.iterate_sealed())
+def _make_agreement(graph: Graph, data: Calibration) -> Evaluate:
+    sealed = list(data.iterate_sealed())
     if not sealed:
         raise InputError(
             "Without evaluate=, a fifth of the calibration inputs is sealed for the proof, and none fell into it. "
             "Give more inputs (a few hundred), or an evaluate function."
         )
-    with torch.no_grad():
-        output = run.graph.module(*sealed[0])[0]
+    output = graph.module(*sealed[0])[0]
     if output.dim() < 2 or output.shape[1] < 2 or not output.is_floating_point():
         raise InputError(
             f"The network's first output has shape {tuple(output.shape)}, no class scores, so agreement cannot be "
             "counted. Pass evaluate= with a function that scores this network."
         )
-    return agreement(predict_original(run), sealed)
-
-
+    # The sealed batches are flat, so both networks are asked in the order of the graph's inputs.
+    return agreement(nest_predict(graph.traced, lambda inputs: graph.module(*inputs)), sealed)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from jettison.core.errors import EvaluateError, InputError, JettisonError
 from jettison.core.record import Drop, Score
@@ -52,7 +54,7 @@ def accuracy(batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluate:
             raise InputError("accuracy() got no batches. Give at least one (inputs, labels) pair.")
         return torch.cat(outcomes)
 
-    evaluate.metric = "accuracy"  # type: ignore[attr-defined]
+    evaluate.__name__ = "accuracy"
     return evaluate
 
 
@@ -72,14 +74,18 @@ def agreement(original: Predict, batches: Iterable[tuple[Tensor, ...]]) -> Evalu
             outcomes.append(same.flatten(1).float().mean(1) if same.dim() > 1 else same.float())
         return torch.cat(outcomes)
 
-    evaluate.metric = "agreement"  # type: ignore[attr-defined]
+    evaluate.__name__ = "agreement"
     return evaluate
 
 
 def run_evaluate(evaluate: Evaluate, predict: Predict, what: str) -> Outcome:
-    """Call the caller's `evaluate`; raises EvaluateError where it raises or returns no score in 0..1."""
+    """Call the caller's `evaluate`; raises EvaluateError where it raises or returns no score in 0..1.
+
+    Every call starts from the same random state, so that a shuffling loader pairs the same samples.
+    """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
             found = evaluate(predict)
     except JettisonError:
         raise
@@ -88,15 +94,22 @@ def run_evaluate(evaluate: Evaluate, predict: Predict, what: str) -> Outcome:
             f"evaluate raised {type(error).__name__}: {error} (on the {what}). It must take a callable that maps "
             "inputs to outputs and return a float or one score per sample."
         ) from error
-    values = found.flatten().tolist() if isinstance(found, Tensor) else found
+    values: Any = found.tolist() if isinstance(found, (Tensor, np.ndarray, np.generic)) else found
     single = isinstance(values, (int, float))
-    scores = [float(values)] if isinstance(values, (int, float)) else [float(v) for v in values]
-    if not scores or any(not 0 <= s <= 1 for s in scores):
+    try:
+        scores = [float(values)] if single else [float(v) for v in pytree.tree_leaves(list(values))]
+    except (TypeError, ValueError) as error:
         raise EvaluateError(
-            f"evaluate returned {scores[:3]} on the {what}; scores must be in 0..1, higher is better. "
+            f"evaluate returned a {type(found).__name__} on the {what}. It must return a float or one score per sample."
+        ) from error
+    wrong = [s for s in scores if not 0 <= s <= 1]
+    if wrong or not scores:
+        raise EvaluateError(
+            f"evaluate returned {wrong[:3] or 'no score'} on the {what}; scores must be in 0..1, higher is better. "
             "Divide percentages by 100."
         )
-    name = str(getattr(evaluate, "metric", "evaluate"))
+    name = str(getattr(evaluate, "__name__", "evaluate"))
+    name = name if name.isidentifier() else "evaluate"  # a lambda says nothing
     return Outcome(name, sum(scores) / len(scores), None if single else tuple(scores))
 
 
@@ -113,6 +126,4 @@ def compare(original: Outcome, compressed: Outcome) -> Drop:
 
 
 def _first(output: Any) -> Tensor:
-    from torch.utils import _pytree as pytree
-
     return next(v for v in pytree.tree_leaves(output) if isinstance(v, Tensor))

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +43,9 @@ class RunFolder:
 
     path: Path
 
-    def do(self, name: str, file: str, load: Callable[[Path], T], compute: Callable[[], T], save: Callable[[T, Path], None]) -> T:
+    def do(
+        self, name: str, file: str, load: Callable[[Path], T], compute: Callable[[], T], save: Callable[[T, Path], None]
+    ) -> T:
         """Return a stage's result: from its file if that is there, else computed, written whole, then returned."""
         path = self.path / file
         if path.exists():
@@ -55,10 +58,7 @@ class RunFolder:
 
     def do_json(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
         """Like `do`, for a dataclass kept in `NAME.json`."""
-
-        def load(path: Path) -> T:
-            return read_json(kind, path)
-
+        load: Callable[[Path], T] = partial(read_json, kind)
         return self.do(name, f"{name}.json", load, compute, write_json)
 
     def note_time(self, name: str, seconds: float) -> None:

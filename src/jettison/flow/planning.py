@@ -13,7 +13,8 @@ from jettison.search.planner import plan_widths
 def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, float]) -> Plan:
     """Return the plan of least predicted loss whose predicted costs keep `limits`.
 
-    `limits` has any of "latency_ms", "size_bytes", "macs". Where no plan keeps them, the nearest is returned with `feasible` False.
+    `limits` has any of "latency_ms", "size_bytes", "macs". Where no plan keeps them, the nearest is
+    returned with `feasible` False.
     """
     groups = sensitivity.groups
     names = [g.group for g in groups]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor, fx
 from jettison.core.plan import Plan
 from jettison.core.record import Check, Drop, Score, TimeShare, Variant
 from jettison.cost.macs import count
-from jettison.flow.evaluation import Evaluate, Outcome, Predict, compare, run_evaluate
-from jettison.flow.run import Run, make_predict, nest_predict
+from jettison.flow.evaluation import Evaluate, Outcome, compare, run_evaluate
+from jettison.flow.run import Run, make_predict
 from jettison.graph.check import check_masked
 from jettison.graph.rewrite import refresh
 from jettison.graph.store import load_graph, save_graph
@@ -55,9 +56,7 @@ def measure_variants(run: Run, evaluate: Evaluate, widths: Mapping[str, tuple[in
     sample = run.sample
     arrays = [x.detach().cpu().numpy() for x in sample]
     sessions = {name: run.target.load(path, threads=run.threads) for name, path in paths.items()}
-    runs: dict[str, Callable[[], object]] = {
-        name: (lambda session=session: session.run(arrays)) for name, session in sessions.items()
-    }
+    runs: dict[str, Callable[[], object]] = {name: partial(s.run, arrays) for name, s in sessions.items()}
     runs[EAGER] = _eager_run(run, sample)
     runs |= _openvino_runs(run, paths, arrays)
     timings = _time(run, runs)
@@ -89,9 +88,7 @@ def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:
     return call
 
 
-def _openvino_runs(
-    run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]
-) -> dict[str, Callable[[], object]]:
+def _openvino_runs(run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]) -> dict[str, Callable[[], object]]:
     """The same files in OpenVINO, at explicit float32 where they are float, if it is installed."""
     from jettison.targets import openvino
 
@@ -100,7 +97,7 @@ def _openvino_runs(
     runs: dict[str, Callable[[], object]] = {}
     for name, path in paths.items():
         session = openvino.load(path, threads=run.threads)
-        runs[f"{name}, OpenVINO"] = lambda session=session: session.run(arrays)
+        runs[f"{name}, OpenVINO"] = partial(session.run, arrays)
     return runs
 
 
@@ -195,9 +192,7 @@ def _compare_outputs(run: Run, module: Callable[..., Any], path: Path) -> list[t
     pairs: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         found = run.target.predict(session, batch)
-        pairs += [
-            (f.cpu(), e.cpu()) for f, e in zip(found, module(*batch), strict=True) if e.is_floating_point()
-        ]
+        pairs += [(f.cpu(), e.cpu()) for f, e in zip(found, module(*batch), strict=True) if e.is_floating_point()]
     return pairs
 
 
@@ -210,8 +205,3 @@ def count_widths(run: Run, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
     if run.recipe.quantize:
         widths[UNPRUNED] = widths[ORIGINAL]
     return widths
-
-
-def predict_original(run: Run) -> Predict:
-    """Return the original as a callable of the caller's inputs, run in PyTorch."""
-    return nest_predict(run.graph.traced, lambda inputs: run.graph.module(*inputs))

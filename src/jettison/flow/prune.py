@@ -51,13 +51,13 @@ def prune(
         raise InputError(
             f"criterion={criterion!r} needs calibration inputs. Pass calibration=, or criterion='magnitude'."
         )
+    for name in (*recipe.protect, *(keep if isinstance(keep, Mapping) else ())):
+        graph.find(name)
     moments = {}
     if batches:
         layers = find_layers(graph.module)
         moments = collect_moments(graph.module, layers, batches, positions=recipe.positions, seed=seed)
     counts = {g.name: _count(g, keep, recipe) for g in graph.groups if g.name not in recipe.protect}
-    for name in keep if isinstance(keep, Mapping) else ():
-        graph.find(name)
     kept = {}
     for group in track(graph.groups, "Ranking"):
         if counts.get(group.name, group.size) < group.size:

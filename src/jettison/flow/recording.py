@@ -147,7 +147,7 @@ def _list_groups(run: Run, plan: Plan, sensitivity: Sensitivity) -> tuple[GroupR
     records = []
     for group in run.graph.groups:
         table = tables.get(group.name)
-        options = ()
+        options: tuple[Option, ...] = ()
         if table is not None:
             options = tuple(
                 Option(c, loss, costs.predict({group.name: c}).macs, None)
@@ -198,10 +198,10 @@ def _list_layers(run: Run, final: fx.GraphModule, quantized: Quantized | None) -
 
 def _list_notes(run: Run, measured: Measurements, plan: Plan) -> tuple[str, ...]:
     notes = []
-    if measured.drop.metric == "agreement":
+    if run.calibration.seal:
         notes.append(
-            "No evaluate function was given: the drop is the share of sealed calibration inputs on which the compressed "
-            "network names another class than the original. It says nothing about labels."
+            "No evaluate function was given: the drop is the share of sealed calibration inputs on which the "
+            "compressed network names another class than the original. It says nothing about labels."
         )
     elif measured.drop.bound_points is None:
         notes.append("evaluate returned one number, so the drop has no bound. Return one score per sample to get it.")
@@ -221,7 +221,7 @@ def _show_loading(run: Run) -> str:
     inputs = [n for n in run.graph.module.graph.nodes if n.op == "placeholder"]
     feeds = ", ".join(
         f'"{n.name}": np.zeros({[1, *map(int, n.meta["val"].shape[1:])]}, '
-        f'np.{str(n.meta["val"].dtype).removeprefix("torch.")})'
+        f"np.{str(n.meta['val'].dtype).removeprefix('torch.')})"
         for n in inputs
     )
     return (

@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, fx
 
 from jettison.core.plan import Plan
+from jettison.cost.macs import count
 from jettison.distill.train import Schedule, distil
-from jettison.flow.run import Run
+from jettison.flow.run import Run, split_samples
 from jettison.flow.sensitivity import measure_loss
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import kept_of
 from jettison.graph.store import load_tensors_into, save_tensors
+from jettison.graph.trace import Batch
 from jettison.prune.recalibrate import recalibrate
+
+REFIT_BYTES = 4 * 10**9
+"""Activations that refitting may hold at once: it walks both networks over all its samples side by side."""
 
 
 def refit(run: Run, plan: Plan) -> fx.GraphModule:
@@ -31,7 +36,8 @@ def refit(run: Run, plan: Plan) -> fx.GraphModule:
         module = _own(run.slice(plan))
         if plan.kept:
             keeps = run.graph.keeps(plan.kept)
-            recalibrate(run.graph, module, keeps, run.batches, positions=run.recipe.positions, seed=run.seed)
+            batches = _limit_memory(run)
+            recalibrate(run.graph, module, keeps, batches, positions=run.recipe.positions, seed=run.seed)
         return module
 
     return run.folder.do("recalibrate", "recalibrated.safetensors", load, compute, save_tensors)
@@ -54,19 +60,26 @@ def distil_from_original(run: Run, plan: Plan, student: fx.GraphModule) -> fx.Gr
             recipe.steps, recipe.learning_rate, temperature=recipe.temperature, features=recipe.features, half=half
         )
         points = _feature_points(run, plan) if recipe.features else {}
-        trained, _ = distil(
-            student, run.graph.module, run.calibration.iterate, schedule, points=points, seed=run.seed
-        )
+        with torch.enable_grad():
+            trained, _ = distil(
+                student, run.graph.module, run.calibration.iterate, schedule, points=points, seed=run.seed
+            )
         before, after = (measure_loss(m, run.judges, run.targets) for m in (student, trained))
         return trained if after < before else student
 
     return run.folder.do("distil", "distilled.safetensors", load, compute, save_tensors)
 
 
+def _limit_memory(run: Run) -> list[Batch]:
+    """Return as many fitting batches as keep the activations of both networks within `REFIT_BYTES`."""
+    per_sample = 2 * count(run.graph.module).peak_activation_bytes
+    return split_samples(run.batches, max(1, REFIT_BYTES // max(1, per_sample)))[0]
+
+
 def can_train_half(device: torch.device) -> bool:
     """Tell whether bfloat16 is computed by the processor itself, not by slow conversions."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     if device.type == "cpu":
         from jettison.targets.onnxruntime import read_cpu_flags
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from jettison.core.budget import Budget
+from jettison.core.errors import NonFiniteError, ShapeError
 from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.flow.calibration import Calibration
@@ -51,7 +52,15 @@ class Run:
     def targets(self) -> list[tuple[Tensor, ...]]:
         """The original's outputs on the judges."""
         with torch.no_grad():
-            return [self.graph.module(*batch) for batch in self.judges]
+            targets = [self.graph.module(*batch) for batch in self.judges]
+        for outputs in targets:
+            for output in outputs:
+                if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+                    raise NonFiniteError(
+                        "The network's own output holds NaN or infinity on some calibration inputs. Find out which, "
+                        "and repair the network or leave them out."
+                    )
+        return targets
 
     @cached_property
     def _taken(self) -> tuple[list[Batch], list[Batch]]:
@@ -60,6 +69,8 @@ class Run:
         total = sum(len(b[0]) for b in taken)
         # With little data the judges still get their share.
         fitting = min(recipe.samples, max(1, total * recipe.samples // (recipe.samples + recipe.judges)))
+        if self.calibration.fixed is not None:
+            fitting = max(1, round(fitting / self.calibration.fixed)) * self.calibration.fixed
         return split_samples(taken, fitting)
 
     @property
@@ -117,7 +128,21 @@ def nest_predict(traced: Traced, compute: Any) -> Predict:
     """Wrap a function of flat tensors so that it takes and returns the network's own nesting."""
 
     def predict(*args: Any, **kwargs: Any) -> Any:
-        leaves = tuple(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+        leaves = _flatten_call(traced, args, kwargs)
         return pytree.tree_unflatten(list(compute(leaves)), traced.out_spec)
 
     return predict
+
+
+def _flatten_call(traced: Traced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Batch:
+    """Return a call's tensors in the graph's order; keywords may come in any order."""
+    if kwargs:
+        order = [k for k in traced.input_names if k in kwargs]
+        kwargs = {k: kwargs[k] for k in order + [k for k in kwargs if k not in order]}
+    leaves = tuple(v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor))
+    if len(leaves) != len(traced.input_names):
+        raise ShapeError(
+            f"The network was called with {len(leaves)} tensors, but takes {len(traced.input_names)}: "
+            f"{', '.join(traced.input_names)}. Call it as it was called on the calibration inputs."
+        )
+    return leaves

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from jettison.core.recipe import Recipe
 from jettison.distill.losses import measure_divergence
+from jettison.flow.frontier import Frontier, find_first_use, start_frontier
 from jettison.graph.groups import Graph, Group
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import slice_graph
@@ -65,10 +66,11 @@ def measure_sensitivity(
         moments = collect_moments(
             graph.module, find_layers(graph.module), batches, positions=recipe.positions, seed=seed
         )
-        with torch.no_grad():
-            targets = [graph.module(*batch) for batch in judges]
-        for group in track(todo, "Measuring sensitivity"):
-            found[group.name] = _measure_group(graph, group, ranker, moments, judges, targets, recipe, seed)
+        frontier = start_frontier(graph, judges)
+        targets = frontier.run(graph.module)
+        for group in track(sorted(todo, key=lambda g: find_first_use(graph, g)), "Measuring sensitivity"):
+            frontier.advance(find_first_use(graph, group))
+            found[group.name] = _measure_group(frontier, group, ranker, moments, targets, recipe, seed)
             if keep is not None:
                 keep(found[group.name])
     return Sensitivity(tuple(found[g.name] for g in chosen))
@@ -83,15 +85,15 @@ def list_counts(size: int, recipe: Recipe) -> tuple[int, ...]:
 
 
 def _measure_group(
-    graph: Graph,
+    frontier: Frontier,
     group: Group,
     ranker: Criterion,
     moments: Mapping[fx.Node, Moments],
-    judges: Sequence[Batch],
     targets: Sequence[tuple[Tensor, ...]],
     recipe: Recipe,
     seed: int,
 ) -> GroupOptions:
+    graph = frontier.graph
     order = ranker(graph, group, moments, seed).tolist()
     counts = list_counts(group.size, recipe)
     losses = [0.0]
@@ -99,15 +101,17 @@ def _measure_group(
         keeps = graph.keeps({group.name: order[:count]})
         pruned = slice_graph(graph, keeps)
         refit_consumers(graph, pruned, keeps, moments)
-        losses.append(max(losses[-1], measure_loss(pruned, judges, targets)))
+        losses.append(max(losses[-1], average_divergence(frontier.run(pruned), targets)))
     return GroupOptions(group.name, tuple(order), counts, tuple(losses))
 
 
 def measure_loss(module: fx.GraphModule, judges: Sequence[Batch], targets: Sequence[tuple[Tensor, ...]]) -> float:
     """Return the mean divergence per sample of a module's outputs from `targets`."""
-    total, samples = 0.0, 0
     with torch.no_grad():
-        for batch, target in zip(judges, targets, strict=True):
-            total += float(measure_divergence(module(*batch), target).sum())
-            samples += len(batch[0])
-    return total / max(samples, 1)
+        return average_divergence([module(*batch) for batch in judges], targets)
+
+
+def average_divergence(outputs: Sequence[tuple[Tensor, ...]], targets: Sequence[tuple[Tensor, ...]]) -> float:
+    """Return the mean divergence per sample over several batches."""
+    total = sum(float(measure_divergence(o, t).sum()) for o, t in zip(outputs, targets, strict=True))
+    return total / max(1, sum(len(t[0]) for t in targets))

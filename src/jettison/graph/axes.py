@@ -159,7 +159,26 @@ def split_product(term: Term, size: int) -> tuple[Term, Term] | None:
         return first, rest
     if isinstance(term, Prod):
         return _take(term.factors, size, split_product, Prod)
-    return None
+    return _fold(term, size)
+
+
+MATCHING = Reason("parts that are read as one dimension have to match")
+
+
+def _fold(cat: Cat, size: int) -> tuple[Term, Term] | None:
+    """Read `size` equally long runs of a `Cat` as a product: each run then loses the same positions."""
+    length = cat.size // size
+    runs: list[Term] = []
+    rest: Term = cat
+    while rest.size > length:
+        halves = split_sum(rest, length)
+        if halves is None:
+            return None
+        runs.append(halves[0])
+        rest = resolve(halves[1])
+    for run in runs:
+        unify(run, rest, MATCHING)
+    return Atom(size, frozen=MATCHING), resolve(rest)
 
 
 def split_sum(term: Term, size: int) -> tuple[Term, Term] | None:

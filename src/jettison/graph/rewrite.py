@@ -212,7 +212,7 @@ def _fix_squeeze(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None
         copy.target = aten.squeeze.dims
         copy.args = (copy.args[0], [i for i, t in enumerate(source) if t.size == 1])
     elif node.target == aten.squeeze.dims:
-        named = [resolve_dim(d, len(source)) for d in node.args[1]]  # type: ignore[union-attr,arg-type,misc]
+        named = [resolve_dim(d, len(source)) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
         copy.update_arg(1, [d for d in named if source[d].size == 1])
     elif source[resolve_dim(node.args[1], len(source))].size != 1:  # type: ignore[arg-type]
         copy.target = aten.squeeze.dims

@@ -7,6 +7,7 @@ integer operators) and nothing else, so a file from elsewhere cannot make anythi
 from __future__ import annotations
 
 import json
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -40,11 +41,20 @@ def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytre
 
 def write_json_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, path: Path) -> None:
     """Write the graph without its tensors."""
+    try:
+        specs = [json.loads(pytree.treespec_dumps(spec)) for spec in (in_spec, out_spec)]
+        for spec in specs:
+            _check_spec(spec)
+    except (NotImplementedError, TypeError) as error:
+        raise ExportError(
+            f"The network's inputs or outputs are nested in a way that cannot be saved: {error}. "
+            "Return tuples, lists or dicts."
+        ) from error
     data = {
         "format": FORMAT,
         "torch": torch.__version__,
-        "in_spec": json.loads(pytree.treespec_dumps(in_spec)),
-        "out_spec": json.loads(pytree.treespec_dumps(out_spec)),
+        "in_spec": specs[0],
+        "out_spec": specs[1],
         "parameters": sorted(name for name, _ in module.named_parameters(remove_duplicate=False)),
         "nodes": [_dump_node(node) for node in module.graph.nodes],
     }
@@ -58,7 +68,7 @@ def save_tensors(module: nn.Module, path: Path) -> None:
     seen: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in _named_tensors(module).items():
         if id(tensor) in seen:
             shared[name] = seen[id(tensor)]
         else:
@@ -66,6 +76,14 @@ def save_tensors(module: nn.Module, path: Path) -> None:
             tensors[name] = tensor.detach().cpu().contiguous()
     metadata = {"format": "pt", "jettison.shared": json.dumps(shared, sort_keys=True)}
     write_bytes(save(tensors, metadata), path)
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer, also those that `state_dict` leaves out (constants of the graph)."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -77,8 +95,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             shared = json.loads((file.metadata() or {}).get("jettison.shared", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}. Compute or copy it anew.") from error
-    return {**tensors, **{name: tensors[original] for name, original in shared.items()}}
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {error}. Compute or copy it anew."
+        ) from error
+    try:
+        return {**tensors, **{name: tensors[original] for name, original in shared.items()}}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} shares tensors it does not hold: {error!r}. Compute or copy it anew.") from error
 
 
 def load_graph(folder: Path) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.TreeSpec]:
@@ -93,8 +116,10 @@ def load_graph(folder: Path) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.Tr
     tensors = read_tensors(folder / "model.safetensors")
     try:
         module = _build_module(data, tensors)
+        for key in ("in_spec", "out_spec"):
+            _check_spec(data[key])
         specs = [pytree.treespec_loads(json.dumps(data[key])) for key in ("in_spec", "out_spec")]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{path} does not describe a graph: {error!r}. Compute or copy it anew.") from error
     return module, specs[0], specs[1]
 
@@ -107,12 +132,34 @@ def _build_module(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.
         args = _load_argument(entry["args"], nodes)
         kwargs = {k: _load_argument(v, nodes) for k, v in entry["kwargs"].items()}
         kind, target = entry["op"], entry["target"]
+        _check_names(entry)
         if kind == "call_function":
             target = _find_operator(target)
         elif kind == "get_attr" and target not in tensors:
             raise KeyError(f"tensor {target!r} is not in model.safetensors")
         nodes[entry["name"]] = graph.create_node(kind, target, tuple(args), kwargs, name=entry["name"])
     return fx.GraphModule(root, graph).eval()
+
+
+def _check_names(entry: Mapping[str, Any]) -> None:
+    """Refuse whatever is no plain name: torch.fx writes names into Python source and runs it."""
+    if entry["op"] not in ("placeholder", "get_attr", "call_function", "output"):
+        raise KeyError(f"a graph may not hold a {entry['op']!r} node")
+    plain = [entry["name"], *entry["kwargs"]]
+    if entry["op"] == "placeholder":
+        plain.append(entry["target"])
+    for name in plain:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise KeyError(f"{name!r} is no name")
+    # Parts of a module path may be any text (ModuleDict allows it), but must not end the string they stand in.
+    if entry["op"] == "get_attr" and (not entry["target"].isprintable() or set(entry["target"]) & set("\"'\\")):
+        raise KeyError(f"{entry['target']!r} is no path of a tensor")
+
+
+def _check_spec(spec: Any) -> None:
+    """Refuse containers whose description makes torch import modules by name."""
+    if "defaultdict" in json.dumps(spec):
+        raise TypeError("inputs and outputs cannot be nested in a defaultdict")
 
 
 def build_tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:
@@ -208,7 +255,7 @@ def _load_argument(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 def load_tensors_into(module: nn.Module, path: Path) -> None:
     """Load saved tensors into a module of the very same names and shapes; raises CheckpointError where they differ."""
     tensors = read_tensors(path)
-    own = module.state_dict(keep_vars=True)
+    own = _named_tensors(module)
     wrong = sorted(set(tensors) ^ set(own)) or [n for n, t in own.items() if t.shape != tensors[n].shape]
     if wrong:
         raise CheckpointError(f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]!r}.")

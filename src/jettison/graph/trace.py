@@ -49,7 +49,7 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
     """
     args, kwargs = tuple(inputs), dict(kwinputs or {})
     _check_state(model)
-    with _eval_mode(model), _quiet_export(), torch.no_grad():
+    with _eval_mode(model), _same_buffers(model), _quiet_export(), torch.no_grad():
         _try_forward(model, args, kwargs)
         program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
         if any(_mutates(node) for node in program.graph.nodes):
@@ -256,7 +256,8 @@ def _free_batch(value: Any) -> Any:
 def _batch_is_free(program: torch.export.ExportedProgram) -> bool:
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in _inputs(program)]
     sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim() > 0]
-    return bool(sizes) and all(not isinstance(s, int) for s in sizes)
+    # A size that the network has settled may still be a symbol, of one value.
+    return bool(sizes) and all(isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None for s in sizes)
 
 
 def _inputs(program: torch.export.ExportedProgram) -> set[str]:
@@ -269,8 +270,11 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _flatten(module: fx.GraphModule) -> None:
-    """Give the graph plain inputs and outputs, and BatchNorm back its one-output form."""
+    """Give the graph plain inputs and outputs, BatchNorm back its one-output form, and make constants buffers."""
     graph = module.graph
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            _register(module, str(node.target))
     graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
         if node.target is _BATCH_NORM:
@@ -288,6 +292,16 @@ def _flatten(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def _register(module: nn.Module, name: str) -> None:
+    """Make a tensor that hangs on a module as a plain attribute a buffer of it, so that it is found and saved."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    value = getattr(owner, leaf)
+    if isinstance(value, Tensor) and leaf not in owner._parameters and leaf not in owner._buffers:
+        delattr(owner, leaf)
+        owner.register_buffer(leaf, value)
+
+
 @contextlib.contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the caller's modules in eval mode and afterwards each back as it was."""
@@ -302,6 +316,20 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in before.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Put back what the caller's `forward` writes into its own buffers (counters, caches)."""
+    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 @contextlib.contextmanager

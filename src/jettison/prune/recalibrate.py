@@ -19,7 +19,7 @@ from jettison.graph.axes import Keeps, evaluate_mask, is_touched
 from jettison.graph.groups import Graph
 from jettison.graph.layers import Layer, find_layers, following_batch_norm
 from jettison.graph.rewrite import kept_of
-from jettison.graph.trace import Batch, evaluate_node, get_tensor, set_tensor
+from jettison.graph.trace import Batch, evaluate_node, find_attribute, get_tensor, set_tensor
 from jettison.progress import track
 from jettison.prune.moments import Moments, make_moments, sample_positions
 
@@ -69,6 +69,7 @@ def recalibrate(
     return left
 
 
+@torch.no_grad()
 def refit_consumers(
     graph: Graph, pruned: fx.GraphModule, keeps: Keeps, moments: Mapping[fx.Node, Moments], *, ridge: float = 1e-3
 ) -> None:
@@ -203,16 +204,17 @@ def _kept_target(graph: Graph, node: fx.Node, layer: Layer, value: Tensor, keeps
 def _value(module: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any], batch: Batch) -> Any:
     if node.op == "placeholder":
         return batch[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
-    tensors = {n: get_tensor(module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"}
+    tensors = {n: find_attribute(module, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"}
     return evaluate_node(node, {**values, **tensors})
 
 
 def _count_uses(module: fx.GraphModule) -> dict[str, int]:
-    uses: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            uses[str(node.target)] = uses.get(str(node.target), 0) + len(node.users)
-    return uses
+    """Count the readers of each tensor, those that know it by another name too."""
+    found = {n: id(find_attribute(module, str(n.target))) for n in module.graph.nodes if n.op == "get_attr"}
+    uses: dict[int, int] = {}
+    for node, tensor in found.items():
+        uses[tensor] = uses.get(tensor, 0) + len(node.users)
+    return {str(node.target): uses[tensor] for node, tensor in found.items()}
 
 
 def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

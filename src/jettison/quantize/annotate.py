@@ -120,7 +120,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 self._annotate_requantized(node)
             elif operator in self.scheme.shared:
                 self._annotate_shared(node)
-            elif operator in self.scheme.inherited and self._is_quantized(node.args[0]):
+            elif operator in self.scheme.inherited and self._is_quantized(node.args[0]) and _keeps_values(node):
                 self._annotate_inherited(node)
         return model
 
@@ -213,6 +213,15 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             _annotated=True,
         )
         self.annotated.add(node)
+
+
+def _keeps_values(node: Node) -> bool:
+    """Say if all that a moving operator puts into its output is its input, or zero, which every range holds exactly."""
+    if name_operator(node) == "aten.constant_pad_nd.default":
+        return node.args[2:] in ((), (0,), (0.0,))
+    if name_operator(node) == "aten.pad.default":
+        return node.args[2:] in ((), ("constant",), ("constant", None), ("constant", 0), ("constant", 0.0))
+    return True
 
 
 def derive_bias_scale(observers: list[ObserverBase]) -> tuple[Tensor, Tensor]:

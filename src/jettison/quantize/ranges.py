@@ -13,6 +13,8 @@ from jettison.targets.integer import Levels, fake_quantize
 
 HALF_BINS = 2048
 """Bins on each side of zero; at least eight of them fall into one of 255 steps."""
+SAMPLED = 2**19
+"""Values of one tensor that are counted in one batch, evenly spaced; all are looked at for the ends."""
 GRID_POINTS = 80
 SMALLEST_SHARE = 0.4
 """The grid of clip factors runs from here to 1 (algorithms.md 4.2)."""
@@ -53,6 +55,8 @@ class Histogram:
             merged = torch.zeros_like(self.counts)
             merged[HALF_BINS // 2 : HALF_BINS + HALF_BINS // 2] = self.counts.view(-1, 2).sum(1)
             self.width, self.counts = 2 * self.width, merged
+        if x.numel() > SAMPLED:
+            x = x[:: x.numel() // SAMPLED]  # the ends above are exact; the shape of the histogram needs no more
         index = torch.floor(x[x != 0] / self.width).long() + HALF_BINS
         self.counts += torch.bincount(index.clamp_(0, 2 * HALF_BINS - 1), minlength=2 * HALF_BINS)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
 from jettison.targets.integer import quantize_operator
+from jettison.targets.onnx_padding import fold_padding
 
 if TYPE_CHECKING:
     import onnx
@@ -41,6 +42,7 @@ def export(
 
     proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
     _pool_globally(proto)
+    fold_padding(proto)
     _name_nodes(proto)
     _strip(proto)
     try:

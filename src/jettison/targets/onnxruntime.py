@@ -62,6 +62,8 @@ def scheme(cpu_flags: frozenset[str] | None = None) -> IntegerScheme:
         shared=frozenset({"aten.cat.default"}),
         inherited=frozenset(
             {
+                "aten.constant_pad_nd.default",
+                "aten.pad.default",
                 "aten.max_pool2d.default",
                 "aten.flatten.using_ints",
                 "aten.view.default",
