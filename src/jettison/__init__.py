@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from jettison.core.plan import Plan
     from jettison.core.recipe import Recipe
     from jettison.core.record import Record
-    from jettison.flow.compress import Result, compress, load
+    from jettison.flow.compress import Result, compress
+    from jettison.flow.delivering import load
     from jettison.flow.evaluation import accuracy
     from jettison.flow.prune import prune
     from jettison.graph.groups import Graph, trace
@@ -33,7 +34,7 @@ _HOMES = {
     "Result": "flow.compress",
     "accuracy": "flow.evaluation",
     "compress": "flow.compress",
-    "load": "flow.compress",
+    "load": "flow.delivering",
     "prune": "flow.prune",
     "trace": "graph.groups",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
@@ -28,7 +28,7 @@ def show_progress(shown: bool) -> Iterator[None]:
 
 def track(items: Iterable[T], what: str, *, total: int | None = None) -> Iterator[T]:
     """Yield `items`, drawing a bar on stderr once the wait has lasted two seconds."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     if not (_shown.get() and sys.stderr.isatty()):
         yield from items

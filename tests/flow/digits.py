@@ -74,10 +74,9 @@ def build_trained() -> nn.Module:
     return train(DigitNet())
 
 
-def test_batches() -> list[tuple[Tensor, Tensor]]:
+def make_test_batches() -> list[tuple[Tensor, Tensor]]:
     """Return the labelled test pictures in batches."""
     _, x, y = split_digits()
     return list(zip(x.split(100), y.split(100), strict=True))
 
 
-test_batches.__test__ = False  # type: ignore[attr-defined]

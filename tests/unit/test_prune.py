@@ -91,7 +91,10 @@ def test_a_repeated_channel_costs_nothing(dtype: torch.dtype) -> None:
     assert int(order_by_magnitude(graph, group, moments, 0)[-1]) not in (2, 5)  # it cannot see redundancy
     tolerance = LOSSLESS if dtype == torch.float32 else LOSSLESS_DOUBLE
     errors = {}
-    for name, dropped in (("obs", int(order[-1])), ("magnitude", int(order_by_magnitude(graph, group, moments, 0)[-1]))):
+    for name, dropped in (
+        ("obs", int(order[-1])),
+        ("magnitude", int(order_by_magnitude(graph, group, moments, 0)[-1])),
+    ):
         pruned, keeps = _copy(graph, {"a": [i for i in range(6) if i != dropped]})
         ridge = 1e-7 if dtype == torch.float32 else 1e-11
         refit_consumers(graph, pruned, keeps, moments, ridge=ridge)
@@ -120,7 +123,7 @@ def test_inputs_of_rank_three_need_three_channels() -> None:
     with torch.no_grad():
         low = torch.randn(8, 3, dtype=torch.float64) @ torch.randn(3, 5, dtype=torch.float64)
         model.get_parameter("a.weight").copy_(low)
-    batches = [(torch.randn(32, 5, dtype=torch.float64),) for _ in range(4)]
+    batches: list[Batch] = [(torch.randn(32, 5, dtype=torch.float64),) for _ in range(4)]
     graph = trace(model, batches[0])
     moments = _moments(graph, batches)
     order = order_by_obs(graph, graph.find("a"), moments, 0)
@@ -144,7 +147,7 @@ def _ridge(x: Tensor, y: Tensor, w: Tensor, ridge: float) -> tuple[Tensor, Tenso
 
 def test_refitting_is_the_closed_form() -> None:
     model = randomise(Thin()).double()
-    batches = [(torch.randn(20, 5, dtype=torch.float64),) for _ in range(3)]
+    batches: list[Batch] = [(torch.randn(20, 5, dtype=torch.float64),) for _ in range(3)]
     graph = trace(model, batches[0])
     kept = [0, 2, 3, 6]
     pruned, keeps = _copy(graph, {"a": kept})
@@ -161,7 +164,7 @@ def test_refitting_is_the_closed_form() -> None:
 def test_obs_greedy_scores_are_the_losses_of_least_squares() -> None:
     """The first channel OBS takes is the one without which ridge least squares does best."""
     model = randomise(Thin()).double()
-    batches = [(torch.randn(64, 5, dtype=torch.float64),) for _ in range(2)]
+    batches: list[Batch] = [(torch.randn(64, 5, dtype=torch.float64),) for _ in range(2)]
     graph = trace(model, batches[0])
     moments = _moments(graph, batches)
     order = order_by_obs(graph, graph.find("a"), moments, 0)
@@ -188,14 +191,16 @@ def test_ridge_candidates_are_judged_on_other_data() -> None:
     judge.add(x[150:], y[150:])
     start = w[None] + torch.randn(1, 2, 3, dtype=torch.float64)
     solved, shift, error = solve_ridge(fit, judge, start, centred=True)
-    assert error < 1e-6 and torch.allclose(solved[0], w, atol=1e-3) and torch.allclose(shift, shift * 0 + 0.5, atol=1e-3)
+    assert (
+        error < 1e-6 and torch.allclose(solved[0], w, atol=1e-3) and torch.allclose(shift, shift * 0 + 0.5, atol=1e-3)
+    )
     kept, _, _ = solve_ridge(fit, judge, w[None], centred=True, ridges=())
     assert torch.equal(kept[0], w)  # the weight as given competes
 
 
 def _residual_case() -> tuple[Graph, dict[str, list[int]], list[Batch]]:
     model, _ = build_model("residual")
-    batches = [(b[0],) for b in _pictures(8, 8)]
+    batches = _pictures(8, 8)
     graph = trace(model, batches[0])
     return graph, draw_kept(graph, seed=2, share=0.7), batches
 
@@ -229,13 +234,13 @@ def test_recalibrating_leaves_the_original_alone() -> None:
     assert all(torch.equal(v, before[k]) for k, v in graph.module.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["depthwise", "grouped", "sequence", "gates", "cross_stage", "attention", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["depthwise", "grouped", "sequence", "gates", "cross_stage", "attention", "transposed"]
+)
 def test_every_kind_of_layer(name: str) -> None:
     model, inputs = build_model(name)
     generator = torch.Generator().manual_seed(1)
-    batches: list[Batch] = [
-        (torch.randn(8, *inputs[0].shape[1:], generator=generator),) for _ in range(8)
-    ]
+    batches: list[Batch] = [(torch.randn(8, *inputs[0].shape[1:], generator=generator),) for _ in range(8)]
     graph = trace(model, inputs)
     pruned, keeps = _copy(graph, draw_kept(graph, seed=4, share=0.75))
     before = _error(graph, pruned, batches)

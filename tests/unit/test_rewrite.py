@@ -364,6 +364,8 @@ def test_grouped_queries_by_flag() -> None:
 class Movements(nn.Module):
     """Operators that move positions: repeat, interleave, flip, look-up, shuffle, sub-pixels, expand_as."""
 
+    which: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 6, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(32, 4, 1)
@@ -378,7 +380,8 @@ class Movements(nn.Module):
         x = self.c(F.pixel_unshuffle(F.channel_shuffle(x, 2), 2))
         x = self.d(x.repeat_interleave(2, 1))
         y: Tensor = x.mean((2, 3)) * self.table[self.which].sum((0, 1))
-        return y.norm(dim=-1, keepdim=True)
+        norm: Tensor = y.norm(dim=-1, keepdim=True)
+        return norm
 
 
 def test_movements() -> None:

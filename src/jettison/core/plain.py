@@ -59,7 +59,7 @@ def from_plain(kind: Any, data: Any, where: str = "") -> Any:
         return kind(**{k: from_plain(hints[k], v, f"{where}.{k}".lstrip(".")) for k, v in data.items()})
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
-    if isinstance(kind, type) and isinstance(data, kind):
+    if isinstance(kind, type) and isinstance(data, kind) and isinstance(data, bool) == (kind is bool):
         return data
     raise CheckpointError(f"{where or 'The value'} should be {kind}, but is {data!r}.")
 
@@ -79,9 +79,11 @@ def write_bytes(content: bytes, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise StorageError(
             f"{path} could not be written: {error.strerror}. Free some space or choose another folder with out=."
         ) from error
@@ -93,5 +95,8 @@ def read_json(kind: type[T], path: Path) -> T:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Remove it to compute it anew.") from error
-    result: T = from_plain(kind, data)
+    try:
+        result: T = from_plain(kind, data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no {kind.__name__}: {error} Remove it to compute it anew.") from error
     return result

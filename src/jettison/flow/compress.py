@@ -23,6 +23,7 @@ from jettison.core.recipe import Recipe
 from jettison.core.record import Check, Record
 from jettison.flow.calibration import Calibration, make_calibration
 from jettison.flow.deciding import Reference, decide, load_sensitivity, measure_reference
+from jettison.flow.delivering import deliver, save_module
 from jettison.flow.evaluation import Evaluate, agreement
 from jettison.flow.folder import RunFolder, fingerprint, open_folder
 from jettison.flow.proving import Measurements, count_widths, measure_variants, run_checks
@@ -30,21 +31,26 @@ from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
 from jettison.graph.groups import Graph, trace
-from jettison.graph.store import load_graph, save_graph
-from jettison.graph.trace import nest
 from jettison.progress import show_progress
 from jettison.prune.criteria import find_criterion
 from jettison.quantize import Quantized, quantize
 from jettison.report.html import write_html
 from jettison.targets import find_target
 
-DELIVERABLES = ("model.onnx", "model.json", "model.safetensors", "plan.json", "record.json", "report.html")
+DELIVERABLES = (
+    "model.onnx", "model.json", "model.safetensors", "module.json", "module.safetensors",
+    "plan.json", "record.json", "report.html",
+)  # fmt: skip
 """What `Result.save` copies; a run folder also holds the stages' own files."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A compressed network: the module, the deployable file, what was decided and what was measured."""
+    """A compressed network: the module, the deployable file, what was decided and what was measured.
+
+    `model` has the caller's own class where its source allows that, else it is a graph module (the record's notes
+    say why). Both are ordinary modules in eval mode.
+    """
 
     model: nn.Module
     plan: Plan
@@ -135,19 +141,10 @@ def compress(
         )
         folder = _open(out, graph, data, settings)
         run = Run(graph, data, budget, recipe, runtime, threads, seed, folder)
-        return _carry_out(run, evaluate, name or type(model).__name__, command or "")
+        return _carry_out(run, model, evaluate, name or type(model).__name__, command or "")
 
 
-def load(folder: Path | str) -> nn.Module:
-    """Return the compressed module from a folder that `compress` or `Result.save` wrote, without the user's code.
-
-    It takes and returns what the original did. Raises CheckpointError where the folder is corrupt or foreign.
-    """
-    module, in_spec, out_spec = load_graph(Path(folder))
-    return nest(module, in_spec, out_spec)
-
-
-def _carry_out(run: Run, evaluate: Evaluate, name: str, command: str) -> Result:
+def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, command: str) -> Result:
     path = run.folder.path
     _export_once(run, "export original", "original.onnx", lambda: run.graph.module)
     if run.recipe.quantize:
@@ -163,12 +160,15 @@ def _carry_out(run: Run, evaluate: Evaluate, name: str, command: str) -> Result:
     measured = run.folder.do_json("measurements", Measurements, lambda: measure_variants(run, evaluate, widths))
     simulated = None if quantized is None else quantized.module
     checks = run.folder.do_json("checks", Checks, lambda: Checks(run_checks(run, plan, final, simulated)))
-    traced = run.graph.traced
-    save_graph(final, traced.in_spec, traced.out_spec, path)
+    delivered = deliver(model, run.graph, plan, final)
+    save_module(delivered, run.graph, final, path)
     record = build_record(run, plan, sensitivity, final, quantized, measured, checks.checks, name, command)
+    if delivered.refusal:
+        note = f"The result is a graph module, not the network's own class. {delivered.refusal}"
+        record = replace(record, notes=(*record.notes, note))
     write_json(record, path / "record.json")
     write_html(record, path / "report.html")
-    result = Result(nest(final, traced.in_spec, traced.out_spec), plan, record, path)
+    result = Result(delivered.module, plan, record, path)
     _judge(result, checks.checks)
     return result
 

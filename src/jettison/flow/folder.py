@@ -58,8 +58,8 @@ class RunFolder:
 
     def do_json(self, name: str, kind: type[T], compute: Callable[[], T]) -> T:
         """Like `do`, for a dataclass kept in `NAME.json`."""
-        load: Callable[[Path], T] = partial(read_json, kind)
-        return self.do(name, f"{name}.json", load, compute, write_json)
+        save: Callable[[T, Path], None] = write_json
+        return self.do(name, f"{name}.json", partial(read_json, kind), compute, save)
 
     def note_time(self, name: str, seconds: float) -> None:
         """Remember how long a stage took."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
 from jettison.core.plan import Plan
+from jettison.core.recipe import Recipe
 from jettison.cost.macs import count
-from jettison.distill.train import Schedule, distil
+from jettison.distill.train import Batches, Schedule, distil
 from jettison.flow.run import Run, split_samples
 from jettison.flow.sensitivity import measure_loss
+from jettison.graph.groups import Graph
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import kept_of
 from jettison.graph.store import load_tensors_into, save_tensors
@@ -55,19 +57,39 @@ def distil_from_original(run: Run, plan: Plan, student: fx.GraphModule) -> fx.Gr
         return module
 
     def compute() -> fx.GraphModule:
-        half = can_train_half(run.calibration.device) if recipe.half is None else recipe.half
-        schedule = Schedule(
-            recipe.steps, recipe.learning_rate, temperature=recipe.temperature, features=recipe.features, half=half
-        )
-        points = _feature_points(run, plan) if recipe.features else {}
-        with torch.enable_grad():
-            trained, _ = distil(
-                student, run.graph.module, run.calibration.iterate, schedule, points=points, seed=run.seed
-            )
-        before, after = (measure_loss(m, run.judges, run.targets) for m in (student, trained))
-        return trained if after < before else student
+        schedule = make_schedule(recipe, run.calibration.device)
+        data = run.calibration.iterate
+        return train_if_better(run.graph, plan, student, data, run.judges, schedule, seed=run.seed)
 
     return run.folder.do("distil", "distilled.safetensors", load, compute, save_tensors)
+
+
+def make_schedule(recipe: Recipe, device: torch.device) -> Schedule:
+    """Return the training schedule a recipe asks for on a device."""
+    half = can_train_half(device) if recipe.half is None else recipe.half
+    return Schedule(
+        recipe.steps, recipe.learning_rate, temperature=recipe.temperature, features=recipe.features, half=half
+    )
+
+
+def train_if_better(
+    graph: Graph,
+    plan: Plan,
+    student: fx.GraphModule,
+    batches: Batches,
+    judges: Sequence[Batch],
+    schedule: Schedule,
+    *,
+    seed: int,
+) -> fx.GraphModule:
+    """Return the distilled student, or the student itself where distillation took it further from the original."""
+    points = _feature_points(graph, plan) if schedule.features else {}
+    with torch.enable_grad():
+        trained, _ = distil(student, graph.module, batches, schedule, points=points, seed=seed)
+    with torch.no_grad():
+        targets = [graph.module(*batch) for batch in judges]
+    before, after = (measure_loss(m, judges, targets) for m in (student, trained))
+    return trained if after < before else student
 
 
 def _limit_memory(run: Run) -> list[Batch]:
@@ -104,11 +126,11 @@ def _own(module: fx.GraphModule) -> fx.GraphModule:
     return copy.deepcopy(module)
 
 
-def _feature_points(run: Run, plan: Plan) -> Mapping[str, Tensor]:
+def _feature_points(graph: Graph, plan: Plan) -> Mapping[str, Tensor]:
     """Name the outputs of all convolutions, each with the channels that were kept."""
-    keeps = run.graph.keeps(plan.kept)
+    keeps = graph.keeps(plan.kept)
     return {
-        layer.node.name: kept_of(run.graph, layer.node, 1, keeps)
-        for layer in find_layers(run.graph.module)
+        layer.node.name: kept_of(graph, layer.node, 1, keeps)
+        for layer in find_layers(graph.module)
         if layer.operator == "conv"
     }

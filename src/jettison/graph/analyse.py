@@ -154,8 +154,7 @@ def _apply_rule(node: fx.Node, axes: Axes, rules: Mapping[Any, Rule], pointwise:
 
 def _touches_tensors(node: fx.Node, axes: Axes) -> bool:
     return isinstance(node.meta.get("val"), (Tensor, tuple, list)) or any(
-        isinstance(n.meta.get("val"), Tensor) and str(node.target) != "aten.sym_size.int"
-        for n in node.all_input_nodes
+        isinstance(n.meta.get("val"), Tensor) and str(node.target) != "aten.sym_size.int" for n in node.all_input_nodes
     )
 
 
@@ -172,9 +171,7 @@ def _opaque_output(node: fx.Node, reason: Reason) -> Any:
     if isinstance(value, Tensor):
         return tuple(make_axis(hint(s), reason) for s in value.shape)
     if isinstance(value, (tuple, list)):
-        return tuple(
-            tuple(make_axis(hint(s), reason) for s in v.shape) if isinstance(v, Tensor) else () for v in value
-        )
+        return tuple(tuple(make_axis(hint(s), reason) for s in v.shape) if isinstance(v, Tensor) else () for v in value)
     return ()
 
 

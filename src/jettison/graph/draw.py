@@ -29,7 +29,8 @@ def _draw_totals(graph: Graph) -> str:
     opaque = len(graph.axes.opaque)
     count = len(graph.groups)
     return (
-        f"{count} prune {'group touches' if count == 1 else 'groups touch'} {_share_of_macs(graph):.0%} of the MACs and "
+        f"{count} prune {'group touches' if count == 1 else 'groups touch'} "
+        f"{_share_of_macs(graph):.0%} of the MACs and "
         f"{_share_of_parameters(graph):.0%} of the parameters; "
         f"{opaque or 'no'} opaque operator{'' if opaque == 1 else 's'}; {batch}"
     )

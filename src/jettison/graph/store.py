@@ -92,7 +92,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            # Kernels round differently on memory that is not aligned as torch aligns its own.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
             shared = json.loads((file.metadata() or {}).get("jettison.shared", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(

@@ -120,8 +120,8 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor], attributes: Sequenc
 def copy_tensors(source: nn.Module, target: nn.Module) -> None:
     """Put the tensors of a flat graph into the eager result of the same choice, for instance after recovery.
 
-    Every tensor of `source` must be in `target` with its shape, and every parameter of `target` in `source`; buffers the
-    graph does not use stay. Raises CheckpointError, and changes nothing, where they differ.
+    Every tensor of `source` must be in `target` with its shape, and every parameter of `target` in `source`; buffers
+    that the graph does not use stay. Raises CheckpointError, and changes nothing, where they differ.
     """
     own, given = list_tensors(target), list_tensors(source)
     # Constants made inside forward are tensors of the graph only.

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import operator
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 def source_line(node: fx.Node) -> str:
     """Return the user's `file:line` that made this node: the innermost frame outside torch and site-packages."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    library = str(Path(torch.__file__).parent)
+    library = str(Path(torch.__file__).parent) + os.sep
     found = ""
     for frame in frames:
         if frame.startswith('File "'):
@@ -197,7 +198,7 @@ def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _user_frame(error: BaseException) -> str:
-    library = str(Path(torch.__file__).parent)
+    library = str(Path(torch.__file__).parent) + os.sep
     trail, found = error.__traceback__, ""
     while trail is not None:
         file = trail.tb_frame.f_code.co_filename
@@ -340,6 +341,8 @@ def _quiet_export() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        # Raised with a stack level that points outside torch: caches a module makes in its first forward.
+        warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
         logger.setLevel(logging.ERROR)
         try:
             yield

@@ -56,7 +56,7 @@ class Histogram:
             merged[HALF_BINS // 2 : HALF_BINS + HALF_BINS // 2] = self.counts.view(-1, 2).sum(1)
             self.width, self.counts = 2 * self.width, merged
         if x.numel() > SAMPLED:
-            x = x[:: x.numel() // SAMPLED]  # the ends above are exact; the shape of the histogram needs no more
+            x = x[:: x.numel() // SAMPLED | 1]  # an odd stride does not fall in step with the layout
         index = torch.floor(x[x != 0] / self.width).long() + HALF_BINS
         self.counts += torch.bincount(index.clamp_(0, 2 * HALF_BINS - 1), minlength=2 * HALF_BINS)
 
