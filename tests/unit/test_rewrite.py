@@ -398,3 +398,69 @@ def test_printing_names_groups_reasons_and_lines() -> None:
     assert "test_rewrite.py:" in text and "aten.sort" in text and "batch free" in text
     for drawn in (text, str(_trace("dense")), str(_trace("norms"))):
         assert max(map(len, drawn.splitlines())) <= 100
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which has no rule, before layers that have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 6, batch_first=True)
+        self.b, self.c = nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(F.relu(self.b(self.lstm(x)[0])))
+        return y
+
+
+class Weighted(nn.Module):
+    """Weights made in forward: one by weight norm, one standardised by hand; a cast; outputs that are no tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3))
+        self.b, self.c = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        w = self.b.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+        x = F.relu(F.conv2d(F.relu(self.a(x)).half().float(), w, self.b.bias), inplace=True)
+        x = self.c(x)
+        return x, None, x.argmax(1)
+
+
+class Rotary(nn.Module):
+    """Rotary positions: pairs (d, d + half) of queries and keys die together, with their sines."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.register_buffer("cos", torch.zeros(5, 8))
+        self.register_buffer("sin", torch.zeros(5, 8))
+
+    def _turn(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-second, first], -1) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).view(x.shape[0], 5, 2, 8).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self._turn(q), self._turn(k), v)
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "sizes", "opaque"),
+    [
+        (Recurrent, (2, 3, 4), [5], ("aten.lstm.input",)),
+        (Weighted, (2, 3, 6, 6), [4], ("aten.argmax.default",)),
+        (Rotary, (2, 5, 6), [2, 4, 8], ()),
+    ],
+)
+def test_unusual_networks(make: type[nn.Module], shape: Any, sizes: list[int], opaque: tuple[str, ...]) -> None:
+    graph = trace(randomise(make()), torch.randn(shape))
+    assert sorted(g.size for g in graph.groups) == sizes and graph.opaque == opaque
+    _check(graph)

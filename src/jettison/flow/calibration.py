@@ -111,7 +111,7 @@ def make_calibration(
         source = source.split(BATCH) if source.dim() and len(source) else []
     if isinstance(source, (str, bytes)) or not isinstance(source, Iterable):
         raise InputError(f"calibration is a {type(source).__name__}. Give a tensor, a list of batches or a DataLoader.")
-    if iter(source) is source:
+    if isinstance(source, Iterator):  # iter(source) would make a DataLoader draw a seed
         raise CalibrationError("calibration can be read only once, it is an iterator. Give a list or a DataLoader.")
     with _seed_loader(source, seed):
         first = next(iter(source), None)

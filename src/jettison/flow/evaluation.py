@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ def accuracy(batches: Iterable[tuple[Tensor, Tensor]]) -> Evaluate:
     `batches` is a re-iterable of `(inputs, labels)`, labels of shape `(batch,)`. Raises InputError where it
     yields nothing or can be read only once.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise InputError("accuracy() got an iterator that can be read only once. Give a list or a DataLoader.")
 
     def evaluate(predict: Predict) -> Tensor:

@@ -81,7 +81,8 @@ def open_folder(path: Path, fingerprint: str, settings: Mapping[str, Any]) -> Ru
     if head.exists():
         found = read_json(RunHead, head)
         if found.fingerprint != fingerprint:
-            changed = [k for k in settings if to_plain(settings[k]) != found.settings.get(k)]
+            mine = to_plain(settings)
+            changed = [k for k in {**mine, **found.settings} if mine.get(k) != found.settings.get(k)]
             what = f"settings {', '.join(changed)} differ" if changed else "its weights or calibration data differ"
             raise CheckpointError(f"{path} holds another run: {what}. Choose another folder with out=, or delete it.")
         return RunFolder(path)

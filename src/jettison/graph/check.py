@@ -68,7 +68,7 @@ def run_masked(graph: Graph, keeps: Keeps, inputs: Batch) -> tuple[Tensor, ...]:
 
 def run_double(module: fx.GraphModule, inputs: Batch) -> tuple[Tensor, ...]:
     """Run a flat graph with its weights read as float64; returns the tensors among its outputs."""
-    return _run(module, inputs, evaluate_node)
+    return _run(module, inputs, _evaluate_wide)
 
 
 def _run(
@@ -103,7 +103,9 @@ def _mask(value: Any, dims: Any, keeps: Keeps) -> Any:
         if is_touched(term, keeps):
             shape = [1] * value.dim()
             shape[dim] = -1
-            value = value * evaluate_mask(term, keeps).to(value.device).reshape(shape)
+            # Not a product: where all of a removed position's numbers are zero, a division has made NaN.
+            kept = evaluate_mask(term, keeps).to(value.device).reshape(shape)
+            value = torch.where(kept, value, torch.zeros((), dtype=value.dtype, device=value.device))
     return value
 
 
@@ -112,7 +114,19 @@ def _evaluate(node: fx.Node, values: Mapping[fx.Node, Any], graph: Graph, keeps:
     restricted = _RESTRICTED.get(packet)
     if restricted is not None:
         return restricted(_bind(node, values), graph.axes.terms[node], keeps)
-    return evaluate_node(node, values)
+    return _evaluate_wide(node, values)
+
+
+def _evaluate_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Compute a node in float64, also where the network asks for a narrower type."""
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return values[value]
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    assert callable(node.target)
+    return node.target(*fx.node.map_aggregate(node.args, widen), **fx.node.map_aggregate(node.kwargs, widen))
 
 
 def _bind(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, ...]:

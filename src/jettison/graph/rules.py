@@ -140,6 +140,15 @@ def layer_norm(walk: Walk) -> Dims:
     return x
 
 
+def weight_norm(walk: Walk) -> Dims:
+    """A weight of direction v and length g: the length is taken over all dimensions but one."""
+    v, g = walk.dims(walk.args[0]), walk.dims(walk.args[1])
+    dim = resolve_dim(walk.arg(2, "dim", 0), len(v))
+    walk.fix(*v[:dim], *v[dim + 1 :], because="a norm is taken over it")
+    walk.same(v[dim], g[dim])
+    return v
+
+
 def group_norm(walk: Walk) -> Dims:
     """Whole groups come away exactly; positions inside a group change its statistics."""
     x = walk.dims(walk.args[0])
@@ -298,6 +307,7 @@ def _table() -> dict[Any, Rule]:
         (batch_norm, "batch_norm"),
         (layer_norm, "layer_norm rms_norm"),
         (instance_norm, "instance_norm"),
+        (weight_norm, "_weight_norm"),
         (group_norm, "group_norm"),
         (gated, "glu"),
         (einsum, "einsum"),

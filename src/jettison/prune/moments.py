@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from jettison.graph.layers import Layer, flatten_outputs, unfold_patches
+from jettison.graph.layers import Layer, flatten_outputs, output_positions, unfold_patches
 from jettison.graph.trace import Batch, run_nodes
 from jettison.progress import track
 
 WIDEST_GRAM = 8192
 """Columns above which no Gram matrix is kept: at float64 it would take more than half a gigabyte."""
+SPARE = 8
+"""Positions to draw from, as a multiple of those drawn."""
 CHUNK = 2048
 """Positions whose products are summed before they are added to the float64 totals."""
 
@@ -109,6 +111,11 @@ def sample_positions(
     weight = layer.node.args[1].meta["val"]  # type: ignore[union-attr]
     if weight[0].numel() > WIDEST_GRAM:
         return None
+    enough = -(-SPARE * limit // max(1, output_positions(layer)))
+    if layer.operator == "conv" and enough < len(x):
+        # Unfolding is the dear part: large pictures give more than enough positions from a few samples.
+        chosen = torch.randperm(len(x), generator=generator)[:enough].to(x.device)
+        x, y = x[chosen], y[chosen]
     patches = unfold_patches(layer, x)
     if patches is None:
         return None
