@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jettison.flow.delivering import load
     from jettison.flow.evaluation import accuracy
     from jettison.flow.prune import prune
+    from jettison.flow.stages import apply, export, measure, plan, profile, quantize, recover, sensitivity, verify
     from jettison.graph.groups import Graph, trace
 
 __version__ = "0.1.0"
@@ -33,10 +34,19 @@ _HOMES = {
     "Record": "core.record",
     "Result": "flow.compress",
     "accuracy": "flow.evaluation",
+    "apply": "flow.stages",
     "compress": "flow.compress",
+    "export": "flow.stages",
     "load": "flow.delivering",
+    "measure": "flow.stages",
+    "plan": "flow.stages",
+    "profile": "flow.stages",
     "prune": "flow.prune",
+    "quantize": "flow.stages",
+    "recover": "flow.stages",
+    "sensitivity": "flow.stages",
     "trace": "graph.groups",
+    "verify": "flow.stages",
 }
 
 __all__ = [
@@ -50,10 +60,19 @@ __all__ = [
     "Record",
     "Result",
     "accuracy",
+    "apply",
     "compress",
+    "export",
     "load",
+    "measure",
+    "plan",
+    "profile",
     "prune",
+    "quantize",
+    "recover",
+    "sensitivity",
     "trace",
+    "verify",
 ]
 
 

@@ -117,7 +117,7 @@ def test_imports_point_down(copied: Path) -> None:
     [
         ("core/budget.py", "from jettison import flow"),
         ("graph/__init__.py", "import jettison.cost"),
-        ("prune/__init__.py", "import jettison.quantize"),
+        ("pruning/__init__.py", "import jettison.quantization"),
         ("graph/__init__.py", "import jettison.testing"),
         ("stray.py", "import jettison.core"),
     ],

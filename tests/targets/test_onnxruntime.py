@@ -17,8 +17,8 @@ from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
 from jettison.core.errors import CheckpointError, ExportError, ShapeError, TargetMissing
-from jettison.quantize import Quantized, quantize
-from jettison.quantize.integers import run_integers
+from jettison.quantization import Quantized, quantize
+from jettison.quantization.integers import run_integers
 from jettison.targets import onnxruntime as target
 
 pytestmark = pytest.mark.skipif(target.why_missing() is not None, reason=str(target.why_missing()))
@@ -252,7 +252,7 @@ def test_bits_follow_the_cpu() -> None:
 
 def test_importing_the_target_needs_neither_torch_nor_the_runtime() -> None:
     code = (
-        "import sys, jettison.targets.onnxruntime, jettison.targets.timing, jettison.quantize;"
+        "import sys, jettison.targets.onnxruntime, jettison.targets.timing, jettison.quantization;"
         "assert not {'torch', 'onnx', 'onnxruntime', 'torchao'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

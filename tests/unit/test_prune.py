@@ -15,9 +15,9 @@ from jettison.graph.groups import Graph, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph, slice_graph
 from jettison.graph.trace import Batch, get_tensor, set_tensor
-from jettison.prune.criteria import CRITERIA, DAMPING, find_criterion, order_by_magnitude, order_by_obs
-from jettison.prune.moments import Moments, collect_moments, make_moments
-from jettison.prune.recalibrate import recalibrate, refit_consumers, solve_ridge
+from jettison.pruning.criteria import CRITERIA, DAMPING, find_criterion, order_by_magnitude, order_by_obs
+from jettison.pruning.moments import Moments, collect_moments, make_moments
+from jettison.pruning.recalibrate import recalibrate, refit_consumers, solve_ridge
 from jettison.testing import build_model, draw_kept, randomise
 
 LOSSLESS = 1e-6

@@ -11,7 +11,7 @@ from jettison.core.errors import InputError
 class Recipe:
     """Settings of a run; all have defaults.
 
-    - `criterion`: how positions are ranked, a name from `jettison.prune.CRITERIA`.
+    - `criterion`: how positions are ranked, a name from `jettison.pruning.CRITERIA`.
     - `quantize`: whether the result computes in int8; `prune`: whether widths may shrink.
     - `samples`: calibration inputs for statistics, ranges and refitting; `judges`: further ones that only judge.
     - `ratios`: shares of each group that may be kept; `multiple`: kept counts are multiples of this;

@@ -32,8 +32,8 @@ from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
 from jettison.graph.groups import Graph, trace
 from jettison.progress import show_progress
-from jettison.prune.criteria import find_criterion
-from jettison.quantize import Quantized, quantize
+from jettison.pruning.criteria import find_criterion
+from jettison.quantization import Quantized, quantize
 from jettison.report.html import write_html
 from jettison.targets import find_target
 

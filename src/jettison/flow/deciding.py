@@ -19,8 +19,8 @@ from jettison.flow.evaluation import agreement, run_evaluate
 from jettison.flow.planning import make_plan
 from jettison.flow.run import Run, export_file
 from jettison.flow.sensitivity import GroupOptions, Sensitivity, measure_sensitivity
-from jettison.prune.recalibrate import recalibrate
-from jettison.quantize import quantize
+from jettison.pruning.recalibrate import recalibrate
+from jettison.quantization import quantize
 from jettison.targets.timing import time_interleaved
 
 CANDIDATE_ROUNDS = 40

@@ -81,8 +81,8 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     """Return the compressed module from a folder that `compress` or `Result.save` wrote.
 
     Without `model` it is the graph, which needs none of the caller's code. With a fresh full-size `model` of the
-    original's class (weights do not matter) it is that class, made small. Both compute the same bits. Raises CheckpointError where the
-    folder is corrupt or foreign, or holds no result in the caller's class.
+    original's class (weights do not matter) it is that class, made small. Both compute the same bits.
+    Raises CheckpointError where the folder is corrupt or foreign, or holds no result in the caller's class.
     """
     folder = Path(folder)
     if model is None:

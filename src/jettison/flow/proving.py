@@ -23,7 +23,7 @@ from jettison.graph.rewrite import refresh
 from jettison.graph.store import load_graph, save_graph
 from jettison.graph.trace import Batch
 from jettison.progress import track
-from jettison.quantize.integers import run_integers
+from jettison.quantization.integers import run_integers
 from jettison.targets.timing import Timing, time_interleaved
 
 ORIGINAL, UNPRUNED, COMPRESSED, EAGER = "original", "int8 alone", "compressed", "PyTorch eager"

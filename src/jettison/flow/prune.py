@@ -16,9 +16,9 @@ from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
 from jettison.graph.trace import nest
 from jettison.progress import track
-from jettison.prune.criteria import Criterion, find_criterion
-from jettison.prune.moments import collect_moments
-from jettison.prune.recalibrate import recalibrate
+from jettison.pruning.criteria import Criterion, find_criterion
+from jettison.pruning.moments import collect_moments
+from jettison.pruning.recalibrate import recalibrate
 
 
 def prune(

@@ -24,7 +24,7 @@ from jettison.flow.sensitivity import Sensitivity
 from jettison.graph.groups import build_graph
 from jettison.graph.layers import find_layers
 from jettison.graph.trace import Traced
-from jettison.quantize import Quantized, measure_sqnr
+from jettison.quantization import Quantized, measure_sqnr
 
 FORMAT = "jettison.record/1"
 PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "torchao", "openvino")

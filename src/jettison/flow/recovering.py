@@ -20,7 +20,7 @@ from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import kept_of
 from jettison.graph.store import load_tensors_into, save_tensors
 from jettison.graph.trace import Batch
-from jettison.prune.recalibrate import recalibrate
+from jettison.pruning.recalibrate import recalibrate
 
 REFIT_BYTES = 4 * 10**9
 """Activations that refitting may hold at once: it walks both networks over all its samples side by side."""

@@ -16,9 +16,9 @@ from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import slice_graph
 from jettison.graph.trace import Batch
 from jettison.progress import track
-from jettison.prune.criteria import Criterion, find_criterion
-from jettison.prune.moments import Moments, collect_moments
-from jettison.prune.recalibrate import refit_consumers
+from jettison.pruning.criteria import Criterion, find_criterion
+from jettison.pruning.moments import Moments, collect_moments
+from jettison.pruning.recalibrate import refit_consumers
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from jettison.graph.check import check_masked
 from jettison.graph.groups import Graph
 from jettison.graph.rewrite import prune_graph, slice_graph
 from jettison.graph.trace import Batch, Traced, nest, trace_module
-from jettison.prune.recalibrate import recalibrate
-from jettison.quantize import Quantized
-from jettison.quantize import quantize as quantize_graph
+from jettison.pruning.recalibrate import recalibrate
+from jettison.quantization import Quantized
+from jettison.quantization import quantize as quantize_graph
 from jettison.targets import find_target
 from jettison.targets.timing import Timing, time_interleaved
 
@@ -64,8 +64,8 @@ def plan(
     """Return the plan of least predicted loss whose predicted costs keep the budget's latency, size and MACs.
 
     Latency is the sum of single layers measured on `target`; shares are of the fp32 original's prediction.
-    (`compress` also builds and measures candidates, and corrects.) `plan.feasible` is False where nothing keeps the limits. A
-    budget with `drop` alone raises InputError: only `compress` can weigh it.
+    (`compress` also builds and measures candidates, and corrects.) `plan.feasible` is False where nothing
+    keeps the limits. A budget with `drop` alone raises InputError: only `compress` can weigh it.
     """
     find_target(target)
     timed = budget.latency is not None or budget.latency_ms is not None

@@ -11,11 +11,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jettison.quantize.diagnose import measure_sqnr as measure_sqnr
-    from jettison.quantize.ptq import Quantized as Quantized
-    from jettison.quantize.ptq import Site as Site
-    from jettison.quantize.ptq import quantize as quantize
-    from jettison.quantize.ranges import RANGERS as RANGERS
+    from jettison.quantization.diagnose import measure_sqnr as measure_sqnr
+    from jettison.quantization.ptq import Quantized as Quantized
+    from jettison.quantization.ptq import Site as Site
+    from jettison.quantization.ptq import quantize as quantize
+    from jettison.quantization.ranges import RANGERS as RANGERS
 
 _WHERE = {"measure_sqnr": "diagnose", "Quantized": "ptq", "Site": "ptq", "quantize": "ptq", "RANGERS": "ranges"}
 __all__ = ["RANGERS", "Quantized", "Site", "measure_sqnr", "quantize"]

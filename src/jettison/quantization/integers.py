@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_aggregate
 
-from jettison.quantize.fold import find_weight, name_operator
+from jettison.quantization.fold import find_weight, name_operator
 from jettison.targets.integer import IntegerScheme
 
 

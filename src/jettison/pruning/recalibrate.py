@@ -21,7 +21,7 @@ from jettison.graph.layers import Layer, find_layers, following_batch_norm
 from jettison.graph.rewrite import kept_of
 from jettison.graph.trace import Batch, evaluate_node, find_attribute, get_tensor, set_tensor
 from jettison.progress import track
-from jettison.prune.moments import Moments, make_moments, sample_positions
+from jettison.pruning.moments import Moments, make_moments, sample_positions
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Candidate strengths of the pull towards the old weights, as shares of the mean input variance."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jettison.core.errors import CalibrationError
-from jettison.quantize.fold import BATCH_NORM, CONVOLUTIONS, copy_graph, find_layers, name_operator
-from jettison.quantize.ptq import read_clamp
+from jettison.quantization.fold import BATCH_NORM, CONVOLUTIONS, copy_graph, find_layers, name_operator
+from jettison.quantization.ptq import read_clamp
 
 WEIGHTED = frozenset({*CONVOLUTIONS, "aten.linear.default"})
 

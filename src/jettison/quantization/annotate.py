@@ -20,8 +20,8 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from jettison.core.errors import CalibrationError
-from jettison.quantize.fold import find_layers, find_weight, name_operator
-from jettison.quantize.ranges import Histogram, Ranger, choose_scale, choose_weight_scale
+from jettison.quantization.fold import find_layers, find_weight, name_operator
+from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale
 from jettison.targets.integer import IntegerScheme, Levels
 
 KEY = "quantization_annotation"

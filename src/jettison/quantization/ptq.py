@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from jettison.core.errors import CalibrationError, NonFiniteError, UnknownName
 from jettison.progress import track
-from jettison.quantize.fold import (
+from jettison.quantization.fold import (
     copy_graph,
     find_layers,
     fold_batch_norm,
@@ -24,7 +24,7 @@ from jettison.quantize.fold import (
     set_buffer,
     unshare,
 )
-from jettison.quantize.ranges import Ranger, find_ranger
+from jettison.quantization.ranges import Ranger, find_ranger
 from jettison.targets.integer import IntegerScheme, fake_quantize, quantize_operator
 
 BIAS_LIMIT = 2**30
@@ -72,7 +72,7 @@ def quantize(
     with quiet_torchao(), torch.no_grad():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-        from jettison.quantize.annotate import SchemeQuantizer
+        from jettison.quantization.annotate import SchemeQuantizer
 
         prepared = prepare_pt2e(folded, SchemeQuantizer(scheme, exclude, ranger))
         _name_observers(prepared)
@@ -127,7 +127,7 @@ def _refuse_bad_input(module: GraphModule, batches: Sequence[tuple[Tensor, ...]]
 
 
 def _name_observers(prepared: GraphModule) -> None:
-    from jettison.quantize.annotate import RangeObserver
+    from jettison.quantization.annotate import RangeObserver
 
     for node in prepared.graph.nodes:
         if node.op == "call_module":

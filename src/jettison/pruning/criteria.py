@@ -18,7 +18,7 @@ from jettison.graph.axes import iterate_atoms
 from jettison.graph.groups import Graph, Group
 from jettison.graph.layers import Layer, find_layers, find_owners
 from jettison.graph.trace import get_tensor
-from jettison.prune.moments import Moments
+from jettison.pruning.moments import Moments
 
 DAMPING = 1e-2
 """Added to the Gram matrix, as a share of its mean diagonal, so that rarely used inputs stay solvable."""
