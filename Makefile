@@ -5,7 +5,7 @@ BIN := .venv/bin
 # torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-lite0 test quick check lint format bench docs clean
+.PHONY: help demo demo-lite0 data test quick check lint format bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ demo: .venv/.installed-demo  ## compress a Fashion-MNIST network, print the figu
 
 demo-lite0: .venv/.installed-demo  ## compress EfficientNet-Lite0 with its ImageNet weights, calibrated on unlabelled photos
 	$(BIN)/python -m examples.efficientnet_lite0.demo
+
+data: .venv/.installed-dev  ## fetch the data that tests and examples read
+	$(BIN)/python -c 'from examples.fashion_mnist.data import load; load("test")'
 
 test: .venv/.installed-dev  ## run every test (under 40 minutes on 2 cores)
 	$(BIN)/python -m pytest

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +23,6 @@ from examples.fetch import FetchError
 from jettison.report.terminal import print_table
 
 BUDGET = jt.Budget(latency=0.2, drop=1.0)
-RECIPE = jt.Recipe(steps=1200)
 
 
 def make_calibration(data: Path | None = None) -> DataLoader[tuple[Tensor, ...]]:
@@ -38,27 +37,29 @@ def make_test(data: Path | None = None) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(250), labels.split(250), strict=True))
 
 
-def main() -> int:
+def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with the four Fashion-MNIST files (…-ubyte.gz)")
     parser.add_argument("--out", type=Path, default=Path("runs/fashion-mnist"))
     parser.add_argument("--threads", type=int, default=1, help="threads of the runtime (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=1200, help="steps of distillation (default: 1200)")
+    arguments = parser.parse_args(given)
     console = Console()
     try:
         calibration, test = make_calibration(arguments.data), make_test(arguments.data)
     except FetchError as error:
         print(error, file=sys.stderr)
         return 1
-    torch.manual_seed(arguments.seed)
+    if (arguments.out / "record.json").exists():
+        console.print(f"{arguments.out} holds a run: finished stages are not run again. Delete it to start anew.")
     try:
         result = jt.compress(
             build(),
             calibration,
             budget=BUDGET,
             evaluate=jt.accuracy(test),
-            recipe=RECIPE,
+            recipe=jt.Recipe(steps=arguments.steps),
             threads=arguments.threads,
             seed=arguments.seed,
             out=arguments.out,

@@ -32,8 +32,8 @@ class Mixed(nn.Module):
         self.inner = nn.Conv2d(12, 20, 1)
         self.depthwise = nn.Conv2d(20, 20, 3, padding=1, groups=20)
         self.outer = nn.Conv2d(20, 12, 1)
-        self.side = nn.Conv2d(12, 6, 3, padding=2, dilation=2)
-        self.grouped = nn.Conv2d(18, 24, 3, stride=2, padding=1, groups=2)
+        self.side = nn.Conv2d(12, 12, 3, padding=2, dilation=2)
+        self.grouped = nn.Conv2d(24, 24, 3, stride=2, padding=1, groups=2)
         self.hidden = nn.Linear(24, 16)
         self.head = nn.Linear(16, 5)
 
@@ -56,12 +56,10 @@ def draw_counts(graph: Graph, seed: int) -> dict[str, int]:
 
 
 def count_weight_bytes(module: nn.Module, bits: int) -> int:
-    """Weights of layers at `bits`, all other floating tensors at 32, counted on the built network itself."""
+    """Weights of layers at `bits`, all other tensors at 32, counted on the built network itself."""
     layers = {layer.weight for layer in find_layers(module)}  # type: ignore[arg-type]
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return sum(
-        t.numel() * (bits // 8 if name in layers else 4) for name, t in tensors.items() if t.is_floating_point()
-    )
+    return sum(t.numel() * (bits // 8 if name in layers else 4) for name, t in tensors.items())
 
 
 @pytest.mark.parametrize("bits", [8, 32])

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def compress(
                 "seed": seed,
                 "device": str(where),
                 "sealed": data.seal,
+                "versions": {package: version(package) for package in ("jettison", "torch", "onnxruntime", "torchao")},
             }
         )
         folder = _open(out, graph, data, settings)
@@ -252,13 +254,14 @@ def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[st
         return value[:2] if isinstance(value, Tensor) and value.dim() else value
 
     small_args, small_kwargs = pytree.tree_map(shorten, (arguments, keywords))
-    try:
+    graph = None
+    with contextlib.suppress(InputError):  # perhaps two samples are too few: the whole batch decides, and reports
         graph = trace(model, small_args, small_kwargs)
-        if graph.traced.dynamic_batch:
-            return graph
-    except InputError:
-        pass  # perhaps two samples are too few: the whole batch decides, and reports
-    return trace(model, arguments, keywords)
+    if graph is None or not graph.traced.dynamic_batch:
+        graph = trace(model, arguments, keywords)
+    # torch.export leaves a check that keyword inputs come as keywords; the flat graph is called with the tensors alone.
+    graph.module._forward_pre_hooks.clear()
+    return graph
 
 
 def _open(out: Path | str | None, graph: Graph, data: Calibration, settings: dict[str, Any]) -> RunFolder:

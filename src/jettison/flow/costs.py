@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import fx
 
 from jettison.core.plan import Cost
 from jettison.cost.latency import LatencyTable, latency_ms, measure_table
 from jettison.cost.layers import LayerShape
+from jettison.cost.macs import count
 from jettison.graph.axes import Atom, Cat, Term, iterate_atoms, resolve
 from jettison.graph.groups import Graph
 from jettison.graph.layers import Layer, find_layers, output_positions
@@ -33,12 +37,22 @@ class CostModel:
 
     def predict(self, counts: Mapping[str, int]) -> Cost:
         """Return the cost of keeping `counts` positions of the named groups, all of the others."""
-        kept = {self.graph.find(name).atom: count for name, count in counts.items()}
-        macs = sum(self._count_macs(layer, kept) for layer in self.layers)
+        kept = {self.graph.find(name).atom: number for name, number in counts.items()}
+        macs = self.count_layer_macs(counts) + self._other_macs
         latency = None
         if self.table is not None:
             latency = self.scale * sum(self._time(i, layer, kept) for i, layer in enumerate(self.layers))
         return Cost(macs, self._count_bytes(kept) + self.overhead_bytes, latency)
+
+    def count_layer_macs(self, counts: Mapping[str, int]) -> int:
+        """Return the MACs of the layers alone."""
+        kept = {self.graph.find(name).atom: number for name, number in counts.items()}
+        return sum(self._count_macs(layer, kept) for layer in self.layers)
+
+    @cached_property
+    def _other_macs(self) -> int:
+        """MACs outside the layers (attention, computed weights), taken at full width: never below the truth."""
+        return count(self.graph.module).macs - sum_layer_macs(self.graph.module)
 
     def _widths(self, layer: Layer, kept: Mapping[Atom, int]) -> tuple[int, int]:
         rows, columns = self.graph.axes.tensors[layer.weight][:2]
@@ -127,6 +141,12 @@ def list_macs(graph: Graph) -> dict[str, int]:
         * _kernel_size(graph, layer)
         for layer in find_layers(graph.module)
     }
+
+
+def sum_layer_macs(module: fx.GraphModule) -> int:
+    """Return the MACs that `cost.macs` counts on a graph's layers."""
+    names = {layer.node.name for layer in find_layers(module)}
+    return sum(node.macs for node in count(module).nodes if node.name in names)
 
 
 def find_prunable(graph: Graph, layers: Sequence[Layer]) -> set[str]:

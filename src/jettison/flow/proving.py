@@ -16,9 +16,11 @@ from torch import Tensor, fx
 from jettison.core.plan import Plan
 from jettison.core.record import Check, Drop, Score, TimeShare, Variant
 from jettison.cost.macs import count
+from jettison.flow.costs import CostModel, sum_layer_macs
 from jettison.flow.evaluation import Evaluate, Outcome, compare, run_evaluate
 from jettison.flow.run import Run, make_predict
 from jettison.graph.check import check_masked
+from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import refresh
 from jettison.graph.store import load_graph, save_graph
 from jettison.graph.trace import Batch
@@ -149,10 +151,13 @@ def run_checks(run: Run, plan: Plan, final: fx.GraphModule, simulated: fx.GraphM
 
 
 def _check_prediction(run: Run, plan: Plan, final: fx.GraphModule) -> Check:
-    """The MACs predicted from the terms are those counted on the result."""
-    found = count(final).macs
-    error = abs(found - plan.cost.macs) / max(found, 1)
-    detail = f"predicted {plan.cost.macs:,} MACs from the axes, counted {found:,} on the result"
+    """The MACs of all layers predicted from the terms are those counted on the result."""
+    layers = find_layers(run.graph.module)
+    kept = {name: len(positions) for name, positions in plan.kept.items()}
+    predicted = CostModel(run.graph, layers, None, run.bits).count_layer_macs(kept)
+    found = sum_layer_macs(final)
+    error = abs(found - predicted) / max(found, 1)
+    detail = f"{len(layers)} layers: predicted {predicted:,} MACs from the axes, counted {found:,} on the result"
     return Check("predicted = counted MACs", error == 0, error, 0.0, detail)
 
 

@@ -57,7 +57,7 @@ def build_record(
     return Record(
         format=FORMAT,
         version=jettison.__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created=_read_time(run),
         command=command,
         model=name,
         target=run.target.LABEL,
@@ -126,6 +126,12 @@ def describe_environment(threads: int) -> dict[str, str]:
         except PackageNotFoundError:
             environment[package] = "not installed"
     return environment
+
+
+def _read_time(run: Run) -> str:
+    """Return when the figures were measured: a finished run that is called again measures nothing."""
+    written = (run.folder.path / "measurements.json").stat().st_mtime
+    return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="seconds")
 
 
 def _find(measured: Measurements, name: str) -> Variant:

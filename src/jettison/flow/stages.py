@@ -39,9 +39,7 @@ def profile(graph: Graph) -> Profile:
     return count(graph.module)
 
 
-def sensitivity(
-    graph: Graph, calibration: Data, *, recipe: Recipe | None = None, seed: int = 0
-) -> Sensitivity:
+def sensitivity(graph: Graph, calibration: Data, *, recipe: Recipe | None = None, seed: int = 0) -> Sensitivity:
     """Return what each kept count of each prune group would lose, measured on `calibration` inputs.
 
     Losses are divergences from the original (nats for class scores). Raises CalibrationError without inputs,
