@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import random
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import jettison as jt
 from jettison.core.plain import read_json
 from jettison.flow.compress import DELIVERABLES
-from tests.flow.digits import BUDGET, QUICK, DigitNet, load_digits, make_test_batches, split_digits
+from tests.flow.digits import BUDGET, QUICK, load_digits, make_test_batches, split_digits
 
 FLOAT = jt.Recipe(samples=96, judges=32, positions=2000, steps=4, rounds=4, quantize=False)
 """No int8: two seconds instead of seven, for whatever does not depend on it."""
@@ -254,16 +252,14 @@ def test_float_result(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("quantize", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("share", [0.8, 0.5, 0.3])
+@pytest.mark.parametrize("share", [0.8, 0.4])
 def test_size_budget_is_kept(model: nn.Module, share: float, quantize: bool) -> None:
     recipe = jt.Recipe(samples=96, judges=32, positions=2000, steps=2, rounds=4, quantize=quantize)
-    share = share / 4 if quantize else share
-    unpruned = 20767 / 60691
+    share = share / 2 if quantize else share  # the int8 file alone is at 0.34
     result = jt.compress(
-        model, split_digits()[0], budget=jt.Budget(size=max(share, 0.15)), recipe=recipe, quiet=True
+        model, split_digits()[0], budget=jt.Budget(size=share), recipe=recipe, quiet=True
     )
     assert result.record.met, result.record.unmet
-    assert unpruned > 0
 
 
 def test_absolute_budgets_and_several_at_once(model: nn.Module) -> None:
@@ -384,21 +380,45 @@ def test_same_seed_same_result_and_shuffling_is_seeded(model: nn.Module, tmp_pat
     assert plans[0] == plans[1] and weights[0] == weights[1]
 
 
-def test_odd_networks(trained: nn.Module) -> None:
-    """Double precision, channels_last, spectral names, dropout: natural variations of one network."""
-    x = split_digits()[0]
-    evaluate = jt.accuracy(make_test_batches())
-    last = copy.deepcopy(trained).to(memory_format=torch.channels_last)
-    result = jt.compress(last, x, budget=BUDGET, recipe=FLOAT, evaluate=evaluate, quiet=True)
-    assert result.record.met
-    names = nn.Sequential(nn.Dropout(0.5), nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 16, 3)), nn.Flatten())
-    net = nn.Sequential(names, nn.Linear(16 * 36, 10))
-    result = jt.compress(net, x, budget=jt.Budget(macs=0.6), recipe=FLOAT, quiet=True)
-    assert json.loads((result.folder / "plan.json").read_text())["feasible"]
+class Attention(nn.Module):
+    """Rows as tokens: products of two activations, whose MACs belong to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.mix = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.flatten(1, 2))
+        x = x + self.mix(x, x, x, need_weights=False)[0]
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x.mean(1))
 
 
-def test_record_of_a_wide_network_reads_back(tmp_path: Path) -> None:
-    result = jt.compress(
-        DigitNet(24), split_digits()[0], budget=jt.Budget(macs=0.4), recipe=FLOAT, quiet=True, out=tmp_path / "run"
-    )
-    assert read_json(jt.Record, tmp_path / "run" / "record.json") == result.record
+def make_weight_norm() -> nn.Module:
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 16, 3))
+    return nn.Sequential(nn.Dropout(0.5), first, nn.Flatten(), nn.Linear(16 * 36, 10))
+
+
+def make_transposed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 16, 2, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [Attention, make_weight_norm, make_transposed])
+@pytest.mark.parametrize("quantize", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_networks_with_arithmetic_outside_layers(make: type[nn.Module], quantize: bool) -> None:
+    torch.manual_seed(0)
+    recipe = jt.Recipe(samples=96, judges=32, positions=2000, steps=4, rounds=4, quantize=quantize)
+    result = jt.compress(make(), split_digits()[0], budget=jt.Budget(macs=0.95), recipe=recipe, quiet=True)
+    assert find_variant(result, "compressed").macs <= result.plan.cost.macs
+
+
+def test_channels_last(model: nn.Module) -> None:
+    last = model.to(memory_format=torch.channels_last)
+    result = jt.compress(last, split_digits()[0], budget=BUDGET, recipe=FLOAT, quiet=True)
+    assert result.record.met and last.stem.weight.is_contiguous(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,20 @@ class Delivered:
 
 
 def deliver(model: nn.Module, graph: Graph, plan: Plan, final: fx.GraphModule) -> Delivered:
-    """Return the final tensors in the caller's own class, or in the graph where its source fixes a size.
+    """Return the final tensors in the caller's own class, or in the graph where its source fixes a size."""
+    return deliver_kept(model, graph, plan.kept, final)
+
+
+def deliver_kept(
+    model: nn.Module, graph: Graph, kept: Mapping[str, Iterable[int]], final: fx.GraphModule
+) -> Delivered:
+    """Do what `deliver` does for the kept positions of named groups, `final` being the graph sliced to them.
 
     The two are compared on the traced inputs, bit for bit; the module is in eval mode.
     """
     nested = nest(final, graph.traced.in_spec, graph.traced.out_spec)
     try:
-        eager = slice_module(model, graph, graph.keeps(plan.kept))
+        eager = slice_module(model, graph, graph.keeps(kept))
     except FixedSize as error:
         return Delivered(nested, (), str(error))
     copy_tensors(final, eager.module)

@@ -17,6 +17,7 @@ from torch import Tensor
 from jettison.core.errors import CheckpointError, StorageError
 from jettison.core.plain import read_json, to_plain, write_json
 from jettison.core.record import Stage
+from jettison.progress import announce
 
 T = TypeVar("T")
 
@@ -51,8 +52,9 @@ class RunFolder:
         if path.exists():
             return load(path)
         start = time.perf_counter()
-        result = compute()
-        save(result, path)
+        with announce(f"{name} …"):
+            result = compute()
+            save(result, path)
         self.note_time(name, time.perf_counter() - start)
         return result
 

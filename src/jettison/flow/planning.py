@@ -27,7 +27,7 @@ def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, f
         cost = costs.predict(counts_of(choice))
         return tuple(float(getattr(cost, kind) or 0.0) for kind in kinds) if kinds else (float(cost.macs),)
 
-    bounds = [limits[kind] for kind in kinds] or [float("inf")]
+    bounds = [limits[kind] for kind in kinds] or [float(costs.predict({}).macs)]
     losses = [list(g.losses) for g in groups]
     if not names:
         cost = costs.predict({})

@@ -85,7 +85,10 @@ def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:
 
     def call() -> object:
         with torch.no_grad():
-            return module(*sample)
+            output = module(*sample)
+        if run.calibration.device.type == "cuda":
+            torch.cuda.synchronize(run.calibration.device)  # kernels run on after the call returns
+        return output
 
     return call
 

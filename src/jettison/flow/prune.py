@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from jettison.core.errors import InputError
 from jettison.core.recipe import Recipe
 from jettison.flow.calibration import make_calibration
+from jettison.flow.delivering import deliver_kept
 from jettison.graph.groups import Group, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
-from jettison.graph.trace import nest
 from jettison.progress import track
 from jettison.pruning.criteria import Criterion, find_criterion
 from jettison.pruning.moments import collect_moments
@@ -36,7 +36,8 @@ def prune(
     `inputs` are example inputs. `keep` is one share in (0, 1] for all groups, or a share or count for each named one.
     With `calibration` (a tensor, or a re-iterable of batches) positions are ranked by what they do on it and the
     rest is refitted; without it `criterion` must be "magnitude" or "random" and the weights stay as sliced.
-    Kept counts are rounded to the recipe's multiple. Raises InputError, UnknownName and what `trace` raises.
+    Kept counts are rounded to the recipe's multiple. The result has the caller's own class where its source allows
+    that, else it is a graph module; it is in eval mode. Raises InputError, UnknownName and what `trace` raises.
     """
     recipe = recipe or Recipe()
     graph = trace(model, inputs)
@@ -66,7 +67,7 @@ def prune(
     if batches and kept:
         keeps = graph.keeps(kept)
         recalibrate(graph, small.module, keeps, batches, positions=recipe.positions, seed=seed)
-    return nest(small.module, graph.traced.in_spec, graph.traced.out_spec)
+    return deliver_kept(model, graph, kept, small.module).module
 
 
 def _count(group: Group, keep: float | Mapping[str, int | float], recipe: Recipe) -> int:
