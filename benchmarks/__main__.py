@@ -86,7 +86,15 @@ def _read_row(record: Record, case: str, limit: float, seed: int) -> Row:
 def show(rows: list[Row], console: Console) -> None:
     """Print the rows as a table."""
     table = Table(title="Fashion-MNIST, int8 in ONNX Runtime, one thread, batch 1")
-    for name in ("case", "MACs at most", "seed", "accuracy", "points lost (95 % bound)", "speed-up (95 % interval)", "kB"):
+    for name in (
+        "case",
+        "MACs at most",
+        "seed",
+        "accuracy",
+        "points lost (95 % bound)",
+        "speed-up (95 % interval)",
+        "kB",
+    ):
         table.add_column(name, justify="left" if name == "case" else "right")
     for row in rows:
         table.add_row(

@@ -18,7 +18,7 @@ to_rst = importlib.import_module("plain_docstrings").to_rst
 project = "jettison"
 copyright = "2026, the jettison authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["_ext", "decisions"]
+exclude_patterns = ["_ext"]
 html_theme = "furo"
 html_title = "jettison"
 html_static_path = ["_static"]
@@ -40,11 +40,12 @@ class PublicNames(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Write an autodoc directive for each name and let Sphinx expand it."""
         jettison = importlib.import_module("jettison")
-        kinds = {"Functions": "autofunction", "Classes": "autoclass", "Errors": "autoexception", "Values": "autodata"}
+        kinds = {"Classes": "autoclass", "Errors": "autoexception", "Values": "autodata"}
         shown: list[nodes.Node] = []
         for heading, names in sort_names(jettison).items():
             section = make_section(heading)
-            section += self.parse_text_to_nodes("\n".join(f".. {kinds[heading]}:: jettison.{name}\n" for name in names))
+            kind = kinds.get(heading, "autofunction")
+            section += self.parse_text_to_nodes("\n".join(f".. {kind}:: jettison.{name}\n" for name in names))
             shown.append(section)
         return shown
 

@@ -5,12 +5,23 @@ from __future__ import annotations
 import inspect
 from types import ModuleType
 
+STAGES = {
+    "All at once": ("compress", "prune", "load", "accuracy"),
+    "Decide": ("trace", "profile", "sensitivity", "plan"),
+    "Do": ("apply", "recover", "quantize", "export"),
+    "Prove": ("measure", "verify"),
+}
+"""The functions by what they are for; a function that stands in none of these is shown under Functions."""
+
 
 def sort_names(module: ModuleType) -> dict[str, list[str]]:
     """Return the names in `module.__all__` (dunders left out) by heading, in the order the page shows them."""
-    sections: dict[str, list[str]] = {"Functions": [], "Classes": [], "Errors": [], "Values": []}
-    for name in module.__all__:
-        if name.startswith("__"):
+    known = [name for name in module.__all__ if not name.startswith("__")]
+    sections = {heading: [name for name in names if name in known] for heading, names in STAGES.items()}
+    placed = {name for names in sections.values() for name in names}
+    sections |= {"Functions": [], "Classes": [], "Errors": [], "Values": []}
+    for name in known:
+        if name in placed:
             continue
         value = getattr(module, name)
         if inspect.isclass(value):

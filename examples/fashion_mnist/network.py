@@ -35,9 +35,7 @@ class FashionNet(nn.Module):
 
     def __init__(self, widths: tuple[int, int, int] = (32, 64, 96), classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         blocks: list[nn.Module] = []
         in_channels = widths[0]
         for stage, width in enumerate(widths):

@@ -35,9 +35,7 @@ def train(epochs: int, seed: int, data: Path | None) -> nn.Module:
     network = FashionNet().to(memory_format=torch.channels_last)
     batch = 128
     steps = epochs * (len(images) // batch)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=steps, pct_start=0.2)
     for epoch in range(epochs):
         start, total = time.perf_counter(), 0.0

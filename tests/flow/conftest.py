@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.flow.digits import BUDGET, QUICK, build_trained, make_test_batches, split_digits
 from torch import nn
 
 import jettison as jt
-from tests.flow.digits import BUDGET, QUICK, build_trained, make_test_batches, split_digits
 
 
 @pytest.fixture(scope="session")

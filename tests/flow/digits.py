@@ -78,5 +78,3 @@ def make_test_batches() -> list[tuple[Tensor, Tensor]]:
     """Return the labelled test pictures in batches."""
     _, x, y = split_digits()
     return list(zip(x.split(100), y.split(100), strict=True))
-
-

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from tests.flow.digits import BUDGET, DigitNet, make_test_batches, split_digits
 
 import jettison as jt
 from jettison.graph.store import load_tensors_into
-from tests.flow.digits import BUDGET, DigitNet, make_test_batches, split_digits
 
 RECIPE = jt.Recipe(samples=96, judges=32, positions=2000, steps=30, rounds=10)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.flow.digits import BUDGET, QUICK, load_digits, make_test_batches, split_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import jettison as jt
 from jettison.core.plain import read_json
 from jettison.flow.compress import DELIVERABLES
-from tests.flow.digits import BUDGET, QUICK, load_digits, make_test_batches, split_digits
+from jettison.graph.store import read_tensors
 
 FLOAT = jt.Recipe(samples=96, judges=32, positions=2000, steps=4, rounds=4, quantize=False)
 """No int8: two seconds instead of seven, for whatever does not depend on it."""
@@ -84,7 +85,9 @@ def test_files_and_round_trip(finished: jt.Result, tmp_path: Path) -> None:
 
 def test_the_artefact_runs_without_torch(finished: jt.Result, tmp_path: Path) -> None:
     example = finished.record.load_example
-    script = f"import sys\nsys.modules['torch'] = None\nsys.modules['jettison'] = None\n{example}\nprint(outputs[0].shape)"
+    script = (
+        f"import sys\nsys.modules['torch'] = None\nsys.modules['jettison'] = None\n{example}\nprint(outputs[0].shape)"
+    )
     saved = finished.save(tmp_path / "saved")
     done = subprocess.run([sys.executable, "-c", script], cwd=saved, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -179,6 +182,7 @@ def test_dict_inputs_with_labels_and_nested_outputs(model: nn.Module, tmp_path: 
     assert torch.equal(found["logits"], expected["logits"]) and torch.equal(found["more"][0], expected["more"][0])
 
 
+@pytest.mark.slow
 def test_tuple_items_without_evaluate(model: nn.Module) -> None:
     x, y = load_digits()
     loader = DataLoader(TensorDataset(x[:600], torch.zeros(600), y[:600]), batch_size=50, shuffle=True)
@@ -213,6 +217,7 @@ def test_fixed_batch(model: nn.Module, labelled: bool) -> None:
     assert result.model(tests[:16]).shape == (16, 10)
 
 
+@pytest.mark.slow
 def test_fixed_batch_int8(model: nn.Module) -> None:
     x = split_digits()[0]
     recipe = jt.Recipe(samples=40, judges=20, positions=2000, steps=4, rounds=4)
@@ -256,9 +261,7 @@ def test_float_result(model: nn.Module) -> None:
 def test_size_budget_is_kept(model: nn.Module, share: float, quantize: bool) -> None:
     recipe = jt.Recipe(samples=96, judges=32, positions=2000, steps=2, rounds=4, quantize=quantize)
     share = share / 2 if quantize else share  # the int8 file alone is at 0.34
-    result = jt.compress(
-        model, split_digits()[0], budget=jt.Budget(size=share), recipe=recipe, quiet=True
-    )
+    result = jt.compress(model, split_digits()[0], budget=jt.Budget(size=share), recipe=recipe, quiet=True)
     assert result.record.met, result.record.unmet
 
 
@@ -289,6 +292,7 @@ def test_protected_groups_keep_all(model: nn.Module) -> None:
     assert widths["inner"] == (32, 32) and any(a < b for b, a in widths.values())
 
 
+@pytest.mark.slow
 def test_inside_no_grad_and_inference_mode(model: nn.Module) -> None:
     with torch.inference_mode():
         x = split_digits()[0] * 1.0  # made in inference mode: autograd refuses such tensors
@@ -306,11 +310,10 @@ def test_small_batches(model: nn.Module, batch: int) -> None:
     assert result.record.met and result.record.inputs[0].shape == (None, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_five_samples(model: nn.Module) -> None:
     x = split_digits()[0][:5]
-    result = jt.compress(
-        model, x, budget=BUDGET, recipe=QUICK, evaluate=jt.accuracy(make_test_batches()), quiet=True
-    )
+    result = jt.compress(model, x, budget=BUDGET, recipe=QUICK, evaluate=jt.accuracy(make_test_batches()), quiet=True)
     assert result.record.met
 
 
@@ -357,18 +360,21 @@ class NoLayers(nn.Module):
 
 
 @pytest.mark.parametrize("network", [NoGroups, NoLayers])
-@pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("budget", [jt.Budget(macs=1.0), jt.Budget(drop=60.0), jt.Budget(latency_ms=50.0)])
+@pytest.mark.parametrize(
+    ("quantize", "budget"),
+    [(True, jt.Budget(macs=1.0)), (False, jt.Budget(drop=60.0)), (False, jt.Budget(latency_ms=50.0))],
+)
 def test_networks_with_nothing_to_prune(network: type[nn.Module], quantize: bool, budget: jt.Budget) -> None:
     recipe = jt.Recipe(samples=64, judges=32, rounds=4, quantize=quantize)
     result = jt.compress(network(), split_digits()[0], budget=budget, recipe=recipe, quiet=True)
     assert result.plan.kept == {} and result.record.groups == ()
 
 
+@pytest.mark.slow
 def test_same_seed_same_result_and_shuffling_is_seeded(model: nn.Module, tmp_path: Path) -> None:
     plans, weights = [], []
     for name in ("a", "b"):
-        torch.manual_seed(hash(name) % 1000)  # what the caller drew before must not matter
+        torch.manual_seed(ord(name))  # what the caller drew before must not matter
         generator = torch.Generator().manual_seed(3)
         loader = DataLoader(TensorDataset(*load_digits()), batch_size=64, shuffle=True, generator=generator)
         evaluate = jt.accuracy(make_test_batches())
@@ -376,8 +382,9 @@ def test_same_seed_same_result_and_shuffling_is_seeded(model: nn.Module, tmp_pat
             model, loader, budget=BUDGET, recipe=FLOAT, evaluate=evaluate, quiet=True, out=tmp_path / name
         )
         plans.append((result.folder / "plan.json").read_bytes())
-        weights.append((result.folder / "model.safetensors").read_bytes())
-    assert plans[0] == plans[1] and weights[0] == weights[1]
+        weights.append(read_tensors(result.folder / "model.safetensors"))
+    assert plans[0] == plans[1] and weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 class Attention(nn.Module):

@@ -28,7 +28,7 @@ class Two(nn.Module):
         return image * mask * scale
 
 
-class Any_(nn.Module):
+class Anything(nn.Module):
     def forward(self, *inputs: Tensor, **more: Tensor) -> Tensor:
         return inputs[0]
 
@@ -77,9 +77,9 @@ def test_two_inputs() -> None:
 
 
 def test_a_network_that_takes_anything() -> None:
-    assert len(next(make([(X, torch.zeros(200))], Any_()).iterate())) == 1
-    assert len(next(make([(X, X, X)], Any_()).iterate())) == 3
-    assert len(next(make([{"a": X, "b": X}], Any_()).iterate())) == 2
+    assert len(next(make([(X, torch.zeros(200))], Anything()).iterate())) == 1
+    assert len(next(make([(X, X, X)], Anything()).iterate())) == 3
+    assert len(next(make([{"a": X, "b": X}], Anything()).iterate())) == 2
 
 
 def test_shuffling_is_the_same_in_each_epoch_and_process() -> None:
@@ -132,7 +132,9 @@ def test_sealed_samples_are_seen_nowhere_else(shuffle: bool, fixed: int | None) 
         assert len(sealed | {tuple(r.tolist()) for b in data.iterate() for r in b[0]}) == 501
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
 @pytest.mark.parametrize("shape", [(100,), (100, 3), (100, 2, 2)])
 def test_sealing_takes_every_type_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x = (torch.rand(shape) * 50).to(dtype)

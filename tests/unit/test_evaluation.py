@@ -23,7 +23,9 @@ def run(evaluate: Callable[..., Any]) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "value", [0.75, np.float32(0.75), np.float64(0.75), np.array(0.75), torch.tensor(0.75)], ids=lambda v: type(v).__name__
+    "value",
+    [0.75, np.float32(0.75), np.float64(0.75), np.array(0.75), torch.tensor(0.75)],
+    ids=lambda v: type(v).__name__,
 )
 def test_one_number(value: Any) -> None:
     found = run(lambda predict: value)

@@ -117,13 +117,13 @@ def test_a_plan_survives(tmp_path: Path) -> None:
 def test_a_corrupt_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="plan.json") as caught:
+    with pytest.raises(CheckpointError, match=r"plan\.json") as caught:
         read_json(Plan, path)
     assert "Remove it" in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="absent.json"):
+    with pytest.raises(CheckpointError, match=r"absent\.json"):
         read_json(Plan, tmp_path / "absent.json")
 
 

@@ -40,7 +40,8 @@ def likelihood_ratio_free_score(lost: int, won: int, n: int, delta: float) -> fl
 
 
 @pytest.mark.parametrize(
-    ("lost", "won", "n"), [(5, 2, 100), (1, 1, 50), (30, 10, 500), (2, 9, 60), (80, 70, 10_000), (3, 17, 40), (12, 1, 20)]
+    ("lost", "won", "n"),
+    [(5, 2, 100), (1, 1, 50), (30, 10, 500), (2, 9, 60), (80, 70, 10_000), (3, 17, 40), (12, 1, 20)],
 )
 def test_paired_bound_is_the_root_of_the_score_statistic(lost: int, won: int, n: int) -> None:
     low, high = (lost - won) / n, 1 - 1e-9
@@ -88,7 +89,9 @@ SLACK = 3 * math.sqrt(0.05 * 0.95 / REPEATS)
 """Three standard deviations of a coverage counted on REPEATS draws."""
 
 
-@pytest.mark.parametrize(("n", "p_lost", "p_won"), [(200, 0.05, 0.03), (500, 0.02, 0.02), (100, 0.10, 0.02), (300, 0.03, 0.0)])
+@pytest.mark.parametrize(
+    ("n", "p_lost", "p_won"), [(200, 0.05, 0.03), (500, 0.02, 0.02), (100, 0.10, 0.02), (300, 0.03, 0.0)]
+)
 def test_coverage(n: int, p_lost: float, p_won: float) -> None:
     # Tango's own tables show dips of about 0.7 points below 95 % in discrete cases.
     assert measure_coverage(n, p_lost, p_won, REPEATS) >= 0.95 - SLACK - 0.007

@@ -259,8 +259,6 @@ def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[st
         graph = trace(model, small_args, small_kwargs)
     if graph is None or not graph.traced.dynamic_batch:
         graph = trace(model, arguments, keywords)
-    # torch.export leaves a check that keyword inputs come as keywords; the flat graph is called with the tensors alone.
-    graph.module._forward_pre_hooks.clear()
     return graph
 
 

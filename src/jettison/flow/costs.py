@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,9 +13,9 @@ from jettison.core.plan import Cost
 from jettison.cost.latency import LatencyTable, latency_ms, measure_table
 from jettison.cost.layers import LayerShape
 from jettison.cost.macs import count
-from jettison.graph.axes import Atom, Cat, Term, iterate_atoms, resolve
+from jettison.graph.axes import Atom, Cat, Term, resolve
 from jettison.graph.groups import Graph
-from jettison.graph.layers import Layer, find_layers, output_positions
+from jettison.graph.layers import Layer, count_positions, find_layers
 from jettison.graph.trace import get_tensor, shape_of
 
 
@@ -23,8 +23,8 @@ from jettison.graph.trace import get_tensor, shape_of
 class CostModel:
     """Predicts the Cost of kept counts per group.
 
-    `scale` and `offset_ms` turn the sum over the table into the runtime's own time; they come from
-    measurements of whole networks (see `calibrate`). `overhead_bytes` is what the file holds beside weights.
+    `scale` turns the sum over the table into the runtime's own time; it comes from
+    measurements of whole networks. `overhead_bytes` is what the file holds beside weights.
     """
 
     graph: Graph
@@ -64,7 +64,8 @@ class CostModel:
 
     def _count_macs(self, layer: Layer, kept: Mapping[Atom, int]) -> int:
         outs, columns = self._widths(layer, kept)
-        return output_positions(layer) * outs * columns * _kernel_size(self.graph, layer)
+        positions = count_positions(layer, len(self.graph.traced.example[0]))
+        return positions * outs * columns * _kernel_size(self.graph, layer)
 
     def _count_bytes(self, kept: Mapping[Atom, int]) -> int:
         weights = {layer.weight for layer in self.layers}
@@ -106,7 +107,7 @@ def describe_layer(graph: Graph, layer: Layer, bits: int) -> LayerShape:
     shape = shape_of(source) or ()  # type: ignore[arg-type]
     precision = "int8" if bits == 8 else "fp32"
     if layer.operator == "linear":
-        tokens = math.prod(shape[1:-1])
+        tokens = count_positions(layer, len(graph.traced.example[0]))
         return LayerShape("linear", weight.shape[1], weight.shape[0], input_size=(tokens,), precision=precision)
     return LayerShape(
         "conv",
@@ -135,7 +136,7 @@ def count_term(term: Term, kept: Mapping[Atom, int]) -> int:
 def list_macs(graph: Graph) -> dict[str, int]:
     """Return the MACs of each layer for one sample."""
     return {
-        layer.name: output_positions(layer)
+        layer.name: count_positions(layer, len(graph.traced.example[0]))
         * get_tensor(graph.module, layer.weight).shape[0]
         * get_tensor(graph.module, layer.weight).shape[1]
         * _kernel_size(graph, layer)
@@ -147,16 +148,6 @@ def sum_layer_macs(module: fx.GraphModule) -> int:
     """Return the MACs that `cost.macs` counts on a graph's layers."""
     names = {layer.node.name for layer in find_layers(module)}
     return sum(node.macs for node in count(module).nodes if node.name in names)
-
-
-def find_prunable(graph: Graph, layers: Sequence[Layer]) -> set[str]:
-    """Name the layers of which at least one width can shrink."""
-    atoms = {group.atom for group in graph.groups}
-    return {
-        layer.name
-        for layer in layers
-        if any(a in atoms for t in graph.axes.tensors[layer.weight][:2] for a in iterate_atoms(t))
-    }
 
 
 def _kernel_size(graph: Graph, layer: Layer) -> int:

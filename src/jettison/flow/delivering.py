@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from jettison.core.errors import CheckpointError, FixedSize
@@ -50,14 +50,12 @@ def deliver(model: nn.Module, graph: Graph, plan: Plan, final: fx.GraphModule) -
     return deliver_kept(model, graph, plan.kept, final)
 
 
-def deliver_kept(
-    model: nn.Module, graph: Graph, kept: Mapping[str, Iterable[int]], final: fx.GraphModule
-) -> Delivered:
+def deliver_kept(model: nn.Module, graph: Graph, kept: Mapping[str, Iterable[int]], final: fx.GraphModule) -> Delivered:
     """Do what `deliver` does for the kept positions of named groups, `final` being the graph sliced to them.
 
     The two are compared on the traced inputs, bit for bit; the module is in eval mode.
     """
-    nested = nest(final, graph.traced.in_spec, graph.traced.out_spec)
+    nested = nest(final, graph.traced.in_spec, graph.traced.out_spec).eval()
     try:
         eager = slice_module(model, graph, graph.keeps(kept))
     except FixedSize as error:
@@ -66,10 +64,14 @@ def deliver_kept(
     eager.module.eval()
     args, kwargs = pytree.tree_unflatten(list(graph.traced.example), graph.traced.in_spec)
     with torch.no_grad():
-        mine, theirs = (pytree.tree_leaves(m(*args, **kwargs)) for m in (eager.module, nested))
-    if not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
+        mine, theirs = (_find_tensors(m(*args, **kwargs)) for m in (eager.module, nested))
+    if len(mine) != len(theirs) or not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
         return Delivered(nested, (), "The network's own class computes other bits than its graph.")
     return Delivered(eager.module, tuple(eager.attributes), "")
+
+
+def _find_tensors(output: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
 
 
 def save_module(delivered: Delivered, graph: Graph, final: fx.GraphModule, folder: Path) -> None:
@@ -93,8 +95,13 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(folder)
     if model is None:
-        return nest(*load_graph(folder))
+        return nest(*load_graph(folder)).eval()
     found = read_json(ModuleFile, folder / "module.json")
+    if found.format != MODULE_FORMAT or not all(map(_is_attribute, found.attributes)):
+        raise CheckpointError(
+            f"{folder / 'module.json'} has the format {found.format!r}, or attributes that are none. This version "
+            f"reads {MODULE_FORMAT!r}. Load it with the one that wrote it, or call load(folder) without a model."
+        )
     if not found.kind:
         raise CheckpointError(
             f"{folder} holds no result in the network's own class: its source fixes a size (the record's notes say "
@@ -106,3 +113,10 @@ def load(folder: Path | str, model: nn.Module | None = None) -> nn.Module:
         raise CheckpointError(f"{folder} lacks {len(missing)} tensors of the module, first {missing[0]!r}.")
     chosen = {name: tensors[name] for name in found.tensors}
     return rebuild(model, chosen, [dict(a) for a in found.attributes]).eval()
+
+
+def _is_attribute(entry: Mapping[str, Any]) -> bool:
+    """Tell whether an entry of `attributes` names a module, a name in it, and an integer or several."""
+    value = entry.get("value")
+    parts = value if isinstance(value, list) else [value]
+    return all(isinstance(entry.get(k), str) for k in ("module", "name")) and all(isinstance(v, int) for v in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jettison.core.plan import FORMAT, Cost, Plan, PlanPoint
+from jettison.core.plan import FORMAT, Plan, PlanPoint
 from jettison.flow.costs import CostModel
 from jettison.flow.sensitivity import Sensitivity
 from jettison.search.planner import plan_widths
@@ -50,14 +50,3 @@ def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, f
 
 def _point(counts: dict[str, int], loss: float, costs: CostModel) -> PlanPoint:
     return PlanPoint(counts, loss, costs.predict(counts))
-
-
-def describe_excess(cost: Cost, limits: Mapping[str, float]) -> list[str]:
-    """Say which limits a cost breaks, and by how much."""
-    texts = {"latency_ms": "{:.3f} ms", "size_bytes": "{:,.0f} bytes", "macs": "{:,.0f} MACs"}
-    return [
-        f"{kind.replace('_', ' ').split(' ')[0]} {texts[kind].format(getattr(cost, kind) or 0)} "
-        f"against a limit of {texts[kind].format(limit)}"
-        for kind, limit in limits.items()
-        if (getattr(cost, kind) or 0) > limit
-    ]

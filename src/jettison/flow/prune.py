@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from jettison.core.errors import InputError
 from jettison.core.recipe import Recipe
-from jettison.flow.calibration import make_calibration
 from jettison.flow.delivering import deliver_kept
-from jettison.graph.groups import Group, trace
+from jettison.flow.reading import check_graph, read_calibration
+from jettison.graph.groups import Graph, Group, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
+from jettison.graph.trace import Batch
 from jettison.progress import track
 from jettison.pruning.criteria import Criterion, find_criterion
 from jettison.pruning.moments import collect_moments
@@ -33,41 +35,50 @@ def prune(
 ) -> nn.Module:
     """Return a smaller network that keeps the given share (or count) of each prune group; `model` is left as it is.
 
-    `inputs` are example inputs. `keep` is one share in (0, 1] for all groups, or a share or count for each named one.
-    With `calibration` (a tensor, or a re-iterable of batches) positions are ranked by what they do on it and the
-    rest is refitted; without it `criterion` must be "magnitude" or "random" and the weights stay as sliced.
-    Kept counts are rounded to the recipe's multiple. The result has the caller's own class where its source allows
-    that, else it is a graph module; it is in eval mode. Raises InputError, UnknownName and what `trace` raises.
+    `inputs` are example inputs: a tensor, a tuple of what the network takes, or a dict of its keyword inputs.
+    `keep` is one share in (0, 1] for all groups, or a share or count for each named one. With `calibration` (a tensor,
+    or a re-iterable of batches) positions are ranked by what they do on it and the rest is refitted; without it
+    `criterion` must be "magnitude" or "random" and the weights stay as sliced. Kept counts are rounded to the
+    recipe's multiple.
+    The result is in eval mode and has the caller's own class. Where its source does not allow that it is a graph
+    module, and a UserWarning says why. Raises InputError, UnknownName and what `trace` raises.
     """
     recipe = recipe or Recipe()
-    graph = trace(model, inputs)
     ranker = find_criterion(criterion)
-    batches = []
-    if calibration is not None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        data, _, _ = make_calibration(calibration, model, seal=False, seed=seed, device=device)
-        with torch.random.fork_rng():
-            batches = data.take(recipe.samples)
-    elif criterion not in ("magnitude", "random"):
-        raise InputError(
-            f"criterion={criterion!r} needs calibration inputs. Pass calibration=, or criterion='magnitude'."
-        )
-    for name in (*recipe.protect, *(keep if isinstance(keep, Mapping) else ())):
-        graph.find(name)
-    moments = {}
-    if batches:
-        layers = find_layers(graph.module)
-        moments = collect_moments(graph.module, layers, batches, positions=recipe.positions, seed=seed)
-    counts = {g.name: _count(g, keep, recipe) for g in graph.groups if g.name not in recipe.protect}
-    kept = {}
-    for group in track(graph.groups, "Ranking"):
-        if counts.get(group.name, group.size) < group.size:
-            kept[group.name] = ranker(graph, group, moments, seed)[: counts[group.name]].tolist()
-    small = prune_graph(graph, kept)
-    if batches and kept:
-        keeps = graph.keeps(kept)
-        recalibrate(graph, small.module, keeps, batches, positions=recipe.positions, seed=seed)
-    return deliver_kept(model, graph, kept, small.module).module
+    # The caller may stand inside inference_mode; the result shall be trainable.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        graph = trace(model, (), inputs) if isinstance(inputs, Mapping) else trace(model, inputs)
+        check_graph(graph)
+        batches = _take(graph, calibration, criterion, recipe, seed)
+        for name in (*recipe.protect, *(keep if isinstance(keep, Mapping) else ())):
+            graph.find(name)
+        moments = {}
+        if batches:
+            layers = find_layers(graph.module)
+            moments = collect_moments(graph.module, layers, batches, positions=recipe.positions, seed=seed)
+        counts = {g.name: _count(g, keep, recipe) for g in graph.groups if g.name not in recipe.protect}
+        kept = {}
+        for group in track(graph.groups, "Ranking"):
+            if counts.get(group.name, group.size) < group.size:
+                kept[group.name] = ranker(graph, group, moments, seed)[: counts[group.name]].tolist()
+        small = prune_graph(graph, kept).module
+        if batches and kept:
+            recalibrate(graph, small, graph.keeps(kept), batches, positions=recipe.positions, seed=seed)
+        delivered = deliver_kept(model, graph, kept, small)
+    if delivered.refusal:
+        warnings.warn(f"The pruned network is a graph module, not its own class. {delivered.refusal}", stacklevel=2)
+    return delivered.module
+
+
+def _take(graph: Graph, calibration: Any, criterion: str | Criterion, recipe: Recipe, seed: int) -> list[Batch]:
+    """Return the calibration batches that statistics and fits are made from; none where none were given or needed."""
+    if calibration is None:
+        if criterion not in ("magnitude", "random"):
+            raise InputError(
+                f"criterion={criterion!r} needs calibration inputs. Pass calibration=, or criterion='magnitude'."
+            )
+        return []
+    return read_calibration(graph, calibration, seed).take(recipe.samples)
 
 
 def _count(group: Group, keep: float | Mapping[str, int | float], recipe: Recipe) -> int:

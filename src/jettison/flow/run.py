@@ -52,26 +52,29 @@ class Run:
     def targets(self) -> list[tuple[Tensor, ...]]:
         """The original's outputs on the judges."""
         with torch.no_grad():
-            targets = [self.graph.module(*batch) for batch in self.judges]
-        for outputs in targets:
-            for output in outputs:
-                if output.is_floating_point() and not bool(torch.isfinite(output).all()):
-                    raise NonFiniteError(
-                        "The network's own output holds NaN or infinity on some calibration inputs. Find out which, "
-                        "and repair the network or leave them out."
-                    )
-        return targets
+            return [self.graph.module(*batch) for batch in self.judges]
 
     @cached_property
     def _taken(self) -> tuple[list[Batch], list[Batch]]:
         recipe = self.recipe
         taken = self.calibration.take(recipe.samples + recipe.judges)
+        self._check_outputs(taken)
         total = sum(len(b[0]) for b in taken)
         # With little data the judges still get their share.
         fitting = min(recipe.samples, max(1, total * recipe.samples // (recipe.samples + recipe.judges)))
         if self.calibration.fixed is not None:
             fitting = max(1, round(fitting / self.calibration.fixed)) * self.calibration.fixed
         return split_samples(taken, fitting)
+
+    def _check_outputs(self, batches: Sequence[Batch]) -> None:
+        with torch.no_grad():
+            for index, batch in enumerate(batches):
+                for output in self.graph.module(*batch):
+                    if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+                        raise NonFiniteError(
+                            f"The network's own output holds NaN or infinity on calibration batch {index}, which is "
+                            "sound itself. Repair the network, or leave such inputs out."
+                        )
 
     @property
     def bits(self) -> int:

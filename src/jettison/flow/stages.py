@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +16,27 @@ from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
-from jettison.flow.calibration import make_calibration
+from jettison.flow.calibration import Calibration, make_calibration
 from jettison.flow.costs import make_cost_model
 from jettison.flow.planning import make_plan
+from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
 from jettison.flow.recovering import make_schedule, train_if_better
 from jettison.flow.run import split_samples
 from jettison.flow.sensitivity import Sensitivity, measure_sensitivity
 from jettison.graph.check import check_masked
 from jettison.graph.groups import Graph
 from jettison.graph.rewrite import prune_graph, slice_graph
-from jettison.graph.trace import Batch, Traced, nest, trace_module
+from jettison.graph.trace import Batch, Traced, hint, nest, trace_module
 from jettison.pruning.recalibrate import recalibrate
 from jettison.quantization import Quantized
 from jettison.quantization import quantize as quantize_graph
 from jettison.targets import find_target
 from jettison.targets.timing import Timing, time_interleaved
 
-Data = Iterable[Any] | Tensor
-
 
 def profile(graph: Graph) -> Profile:
     """Return MACs, parameters and activation memory of a traced network for one sample, and what was not counted."""
+    check_graph(graph)
     return count(graph.module)
 
 
@@ -43,11 +44,12 @@ def sensitivity(graph: Graph, calibration: Data, *, recipe: Recipe | None = None
     """Return what each kept count of each prune group would lose, measured on `calibration` inputs.
 
     Losses are divergences from the original (nats for class scores). Raises CalibrationError without inputs,
-    UnknownName for a criterion that is none.
+    UnknownName for a criterion that is none, ShapeError for inputs that are not like those `graph` was traced with.
     """
     recipe = recipe or Recipe()
-    fitting, judges = _take(graph, calibration, recipe, seed)
-    return measure_sensitivity(graph, fitting, judges, recipe=recipe, seed=seed)
+    with torch.random.fork_rng():
+        fitting, judges = _split(read_calibration(graph, calibration, seed), recipe)
+        return measure_sensitivity(graph, fitting, judges, recipe=recipe, seed=seed)
 
 
 def plan(
@@ -65,7 +67,10 @@ def plan(
     (`compress` also builds and measures candidates, and corrects.) `plan.feasible` is False where nothing
     keeps the limits. A budget with `drop` alone raises InputError: only `compress` can weigh it.
     """
+    check_graph(graph)
     find_target(target)
+    for group in sensitivity.groups:
+        graph.find(group.group)
     timed = budget.latency is not None or budget.latency_ms is not None
     whole = make_cost_model(graph, bits=32, latency=timed, threads=threads).predict({})
     rows = (
@@ -86,9 +91,14 @@ def plan(
 
 
 def apply(graph: Graph, plan: Plan) -> nn.Module:
-    """Return the network with only the positions a plan keeps, weights as they were; the original is left alone."""
-    module = prune_graph(graph, plan.kept).module
-    return nest(module, graph.traced.in_spec, graph.traced.out_spec)
+    """Return the network with only the positions a plan keeps, weights as they were; the original is left alone.
+
+    It is a graph module in eval mode, with parameters of its own that can be trained.
+    """
+    check_graph(graph)
+    with torch.inference_mode(False), torch.no_grad():
+        module = prune_graph(graph, plan.kept).module
+        return nest(module, graph.traced.in_spec, graph.traced.out_spec).eval()
 
 
 def recover(
@@ -101,19 +111,21 @@ def recover(
 ) -> nn.Module:
     """Return the planned network, refitted by least squares and distilled from the original; needs inputs only.
 
-    Distillation is kept only where it brings the network nearer to the original on inputs held out from it.
+    It is a graph module in eval mode. Distillation is kept only where it brings the network nearer to the original on
+    inputs held out from it. Raises what `sensitivity` raises.
     """
     recipe = recipe or Recipe()
-    fitting, judges = _take(graph, calibration, recipe, seed)
-    keeps = graph.keeps(plan.kept)
-    student = prune_graph(graph, plan.kept).module
-    recalibrate(graph, student, keeps, fitting, positions=recipe.positions, seed=seed)
-    if recipe.steps:
-        data, _, _ = make_calibration(calibration, graph.module, seal=False, seed=seed, device=_device(graph))
-        with torch.random.fork_rng():
-            schedule = make_schedule(recipe, _device(graph))
+    # The caller may stand inside inference_mode; gradients are switched on where something learns.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        data = read_calibration(graph, calibration, seed)
+        fitting, judges = _split(data, recipe)
+        keeps = graph.keeps(plan.kept)
+        student = prune_graph(graph, plan.kept).module
+        recalibrate(graph, student, keeps, fitting, positions=recipe.positions, seed=seed)
+        if recipe.steps:
+            schedule = make_schedule(recipe, data.device)
             student = train_if_better(graph, plan, student, data.iterate, judges, schedule, seed=seed)
-    return nest(student, graph.traced.in_spec, graph.traced.out_spec)
+        return nest(student, graph.traced.in_spec, graph.traced.out_spec).eval()
 
 
 def quantize(
@@ -126,15 +138,20 @@ def quantize(
     """
     runtime = find_target(target)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    data, arguments, keywords = make_calibration(calibration, model, seal=False, seed=seed, device=device)
-    traced = trace_module(model, arguments, keywords)
-    with torch.random.fork_rng():
-        found = quantize_graph(traced.module, data.take(samples), scheme=runtime.scheme())
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
+        data, arguments, keywords = make_calibration(calibration, model, seal=False, seed=seed, device=device)
+        traced = trace_module(model, arguments, keywords)
+        batches = fit_batch(data, traced).take(samples)
+        found = quantize_graph(traced.module, batches, scheme=runtime.scheme())
     return Quantized(nest(found.module, traced.in_spec, traced.out_spec), found.sites)
 
 
 def export(model: nn.Module, inputs: Any, path: Path | str, *, target: str = "onnxruntime") -> Path:
-    """Write a network, or the module of a `Quantized`, as the file `target` runs; returns its path."""
+    """Write a network, or the module of a `Quantized`, as the file `target` runs; returns its path.
+
+    `inputs` are example inputs: a tensor, a tuple of what the network takes, or a dict of its keyword inputs.
+    Raises ShapeError where the network does not take them, ExportError where the file cannot be made.
+    """
     runtime = find_target(target)
     traced = _flatten(model, inputs)
     outputs = [f"output{i}" if i else "output" for i in range(traced.out_spec.num_leaves)]
@@ -160,45 +177,68 @@ def measure(
 ) -> dict[str, Timing]:
     """Return the latency of exported files in `target`, interleaved; speed-ups are over the first one.
 
-    `inputs` are what each call gets: a tensor or a tuple of tensors.
+    `inputs` are what each call gets: a tensor, a tuple of tensors, or a dict by the files' input names. Raises
+    ShapeError where a file does not take them, CheckpointError where it is no network.
     """
     runtime = find_target(target)
-    tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    arrays = [x.detach().cpu().numpy() for x in tensors]
-    sessions = {name: runtime.load(Path(path), threads=threads) for name, path in files.items()}
-    runs = {name: (lambda session=session: session.run(arrays)) for name, session in sessions.items()}
+    if not files:
+        raise InputError("There are no files to measure. Give a dict from names to paths, the baseline first.")
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise InputError(f"threads={threads!r} must be a whole number, at least 1.")
+    runs = {}
+    for name, path in files.items():
+        session = runtime.load(Path(path), threads=threads)
+        tensors = order_inputs(inputs, session.input_names)
+        runtime.predict(session, tensors)  # refuses what does not fit, and warms up
+        arrays = [x.detach().cpu().numpy() for x in tensors]
+        runs[name] = lambda session=session, arrays=arrays: session.run(arrays)
     return time_interleaved(runs, baseline=next(iter(files)), rounds=rounds, seed=seed)
 
 
 def verify(graph: Graph, plan: Plan, inputs: Any) -> Check:
-    """Prove a plan exact: the original under masks and the sliced network give the same outputs in float64."""
-    tensors: Batch = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    """Prove a plan exact: the original under masks and the sliced network give the same outputs in float64.
+
+    `inputs` are as `trace` takes them, or a dict of keyword inputs. Raises ShapeError where they are not like those
+    `graph` was traced with.
+    """
+    check_graph(graph)
+    tensors = order_inputs(inputs, graph.traced.input_names)
+    check_like(graph.traced, tensors)
     keeps = graph.keeps(plan.kept)
     return check_masked(graph, slice_graph(graph, keeps), keeps, tensors)
 
 
-def _take(graph: Graph, calibration: Data, recipe: Recipe, seed: int) -> tuple[list[Batch], list[Batch]]:
-    data, _, _ = make_calibration(calibration, graph.module, seal=False, seed=seed, device=_device(graph))
-    with torch.random.fork_rng():
-        taken = data.take(recipe.samples + recipe.judges)
+def _split(data: Calibration, recipe: Recipe) -> tuple[list[Batch], list[Batch]]:
+    """Return batches to fit to and batches that only judge; the same ones where there are no more."""
+    taken = data.take(recipe.samples + recipe.judges)
     total = sum(len(b[0]) for b in taken)
-    fitting, judges = split_samples(taken, max(1, total * recipe.samples // (recipe.samples + recipe.judges)))
+    first = max(1, total * recipe.samples // (recipe.samples + recipe.judges))
+    if data.fixed is not None:
+        first = max(1, round(first / data.fixed)) * data.fixed
+    fitting, judges = split_samples(taken, first)
     return fitting, judges or fitting
-
-
-def _device(graph: Graph) -> torch.device:
-    return graph.traced.example[0].device
 
 
 def _flatten(model: nn.Module, inputs: Any) -> Traced:
     """Trace a network; one that is a graph already (from another stage) only loses its nesting."""
-    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    arguments = () if keywords else tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     codegen = getattr(getattr(model, "graph", None), "_codegen", None)
     info = getattr(codegen, "pytree_info", None)
-    if not isinstance(model, fx.GraphModule) or info is None:
-        return trace_module(model, arguments)
+    places = [n for n in model.graph.nodes if n.op == "placeholder"] if isinstance(model, fx.GraphModule) else []
+    if not places or info is None or any("val" not in n.meta for n in places):
+        return trace_module(model, arguments, keywords)
+    assert isinstance(model, fx.GraphModule)
     graph = fx.Graph()
     graph.output(graph.graph_copy(model.graph, {}))
-    names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
-    free = not all(isinstance(n.meta["val"].shape[0], int) for n in model.graph.nodes if n.op == "placeholder")
-    return Traced(fx.GraphModule(model, graph), info.in_spec, info.out_spec, arguments, free, names)
+    names = tuple(n.name for n in places)
+    free = not all(isinstance(n.meta["val"].shape[0], int) for n in places)
+    example = order_inputs(keywords or arguments, names)
+    traced = Traced(fx.GraphModule(model, graph), info.in_spec, info.out_spec, example, free, names)
+    check_like(replace(traced, example=tuple(_like(n.meta["val"]) for n in places)), example)
+    return traced
+
+
+def _like(value: Tensor) -> Tensor:
+    """Return a meta tensor of a traced value's shape; a free batch gives the size it was traced with."""
+    return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")

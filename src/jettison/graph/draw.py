@@ -10,7 +10,7 @@ from torch import Tensor
 from jettison.core.record import FrozenPart
 from jettison.graph.axes import Atom, iterate_atoms
 from jettison.graph.groups import Graph, Group
-from jettison.graph.layers import Layer, find_layers, output_positions
+from jettison.graph.layers import Layer, count_positions, find_layers
 from jettison.graph.trace import find_attribute
 
 WIDTH = 100
@@ -94,7 +94,7 @@ def _share_of_macs(graph: Graph) -> float:
 def _count_macs(graph: Graph, layer: Layer) -> int:
     weight = find_attribute(graph.module, layer.weight)
     assert isinstance(weight, Tensor)
-    return weight.numel() * output_positions(layer)
+    return weight.numel() * count_positions(layer, len(graph.traced.example[0]))
 
 
 def _share_of_parameters(graph: Graph) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from jettison.graph.axes import Atom, Cat, Term, resolve
-from jettison.graph.trace import shape_of
+from jettison.graph.trace import hint, shape_of
 
 aten = torch.ops.aten
 
@@ -110,13 +111,15 @@ def following_batch_norm(node: fx.Node) -> fx.Node | None:
     return None if is_linear_over_tokens else users[0]
 
 
-def output_positions(layer: Layer) -> int:
-    """Return how many output positions (pixels, tokens) the layer has for one sample."""
-    shape = shape_of(layer.node) or ()
-    count = 1
-    for size in shape[2:] if layer.operator == "conv" else shape[1:-1]:
-        count *= size
-    return count
+def count_positions(layer: Layer, samples: int) -> int:
+    """Return how often one sample meets the layer's weight: its pixels or tokens, wherever the batch stands.
+
+    `samples` is the batch the graph was traced with.
+    """
+    elements = math.prod(shape_of(layer.node) or ())
+    weight = layer.node.args[1]
+    assert isinstance(weight, fx.Node)
+    return elements // (hint(weight.meta["val"].shape[0]) * samples)
 
 
 def _arg(node: fx.Node, index: int, name: str, default: Any) -> Any:

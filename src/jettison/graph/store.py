@@ -74,7 +74,8 @@ def save_tensors(module: nn.Module, path: Path) -> None:
         else:
             seen[id(tensor)] = name
             tensors[name] = tensor.detach().cpu().contiguous()
-    metadata = {"format": "pt", "jettison.shared": json.dumps(shared, sort_keys=True)}
+    # One key only: safetensors writes several in an order that differs from run to run.
+    metadata = {"jettison.shared": json.dumps(shared, sort_keys=True)}
     write_bytes(save(tensors, metadata), path)
 
 

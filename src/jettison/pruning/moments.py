@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from jettison.graph.layers import Layer, flatten_outputs, output_positions, unfold_patches
+from jettison.graph.layers import Layer, flatten_outputs, unfold_patches
 from jettison.graph.trace import Batch, run_nodes
 from jettison.progress import track
 
@@ -111,7 +112,7 @@ def sample_positions(
     weight = layer.node.args[1].meta["val"]  # type: ignore[union-attr]
     if weight[0].numel() > WIDEST_GRAM:
         return None
-    enough = -(-SPARE * limit // max(1, output_positions(layer)))
+    enough = -(-SPARE * limit // max(1, math.prod(y.shape[2:])))
     if layer.operator == "conv" and enough < len(x):
         # Unfolding is the dear part: large pictures give more than enough positions from a few samples.
         chosen = torch.randperm(len(x), generator=generator)[:enough].to(x.device)

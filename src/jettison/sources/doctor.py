@@ -14,6 +14,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from jettison import targets
+from jettison.targets import TARGETS
+
 DECIDING_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """x86 instruction sets that decide how fast int8 and bf16 are."""
 DECIDING_FEATURES_ARM = ("asimd", "asimddp", "i8mm", "bf16", "sve")
@@ -162,11 +165,12 @@ def look_at_machine(folder: Path) -> Machine:
 
 
 def _require_own_part(found: TargetFinding) -> TargetFinding:
-    """Call a runtime that is installed usable only if this jettison has a file for it in `targets/`."""
-    own = Path(__file__).parents[1] / "targets"
-    if not found.usable or (own / f"{found.name}.py").is_file() or (own / found.name).is_dir():
+    """Call a runtime that is installed usable only if this jettison compresses for it."""
+    if not found.usable or found.name in TARGETS:
         return found
-    return replace(found, usable=False, reason="installed, but this version of jettison has no such target", remedy="")
+    known = (Path(targets.__file__).parent / f"{found.name}.py").is_file()
+    reason = "is no target of this version of jettison" + (", only measured beside one" if known else "")
+    return replace(found, usable=False, reason=f"installed, but {reason}", remedy="")
 
 
 def _find_eager(version: str | None) -> TargetFinding:
