@@ -14,12 +14,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from examples.fashion_mnist.demo import make_calibration, make_test
+from examples.fashion_mnist.network import build
 from rich.console import Console
 from rich.table import Table
 
 import jettison as jt
-from examples.fashion_mnist.demo import make_calibration, make_test
-from examples.fashion_mnist.network import build
 from jettison.core.record import Record
 from jettison.cost.latency import describe_machine
 

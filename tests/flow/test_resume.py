@@ -301,4 +301,4 @@ def test_removing_a_corrupt_stage_heals_the_run(trained: nn.Module, finished_fol
         (folder / name).unlink()
     run_again(trained, folder)
     for name in SAME:
-        assert read_bytes(folder / name) == read_bytes(finished_folder / name), name
+        assert (folder / name).read_bytes() == (finished_folder / name).read_bytes(), name

@@ -14,11 +14,12 @@ def measure_divergence(student: Sequence[Tensor], teacher: Sequence[Tensor], *, 
 
     A float output of shape `(batch, classes)` with more than one class is taken as logits: KL(teacher ‖ student)
     at `temperature`, times temperature² so that gradients keep their size. Any other float output gives the
-    squared error over the teacher's mean square. Integer outputs are not compared.
+    squared error over the teacher's mean square. Outputs that are integers, or no tensors, are not compared.
     """
-    total = torch.zeros(len(teacher[0]), device=teacher[0].device)
+    first = next(t for t in teacher if isinstance(t, Tensor))
+    total = torch.zeros(len(first), device=first.device)
     for s, t in zip(student, teacher, strict=True):
-        if not t.is_floating_point():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
             continue
         s, t = s.float(), t.float()
         if t.dim() == 2 and t.shape[1] > 1:

@@ -101,9 +101,12 @@ class Graph:
 def trace(model: nn.Module, inputs: Any, kwinputs: Mapping[str, Any] | None = None) -> Graph:
     """Return the graph of `model` with its prune groups; the model is not changed.
 
-    `inputs` is a tensor or a tuple of tensors as the network is called; `kwinputs` its keyword inputs. Raises
-    ShapeError, NonFiniteError or TraceError (see `jettison.core.errors`).
+    `inputs` is a tensor or a tuple of tensors as the network is called, or a dict of its keyword inputs; `kwinputs`
+    are keyword inputs beside positional ones. Raises ShapeError, NonFiniteError or TraceError (see
+    `jettison.core.errors`).
     """
+    if isinstance(inputs, Mapping):
+        return build_graph(trace_module(model, (), {**inputs, **(kwinputs or {})}))
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     return build_graph(trace_module(model, args, kwinputs))
 
