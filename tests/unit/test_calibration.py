@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from jettison.core.errors import CalibrationError, InputError, NonFiniteError, ShapeError
-from jettison.flow.calibration import Calibration, make_calibration
+from jettison.flow.calibration import Calibration, list_digests, make_calibration
 
 CPU = torch.device("cpu")
 
@@ -218,3 +218,12 @@ def test_not_finite(bad: float) -> None:
         list(make([X, X, wrong, X]).iterate())
     with pytest.raises(NonFiniteError, match="item 0"):
         make([wrong])
+
+
+def test_what_judges_is_not_learnt_from() -> None:
+    data = make(X)
+    judges = data.take(50)
+    left = [r for batch in data.iterate_without(list_digests(judges)) for r in batch[0].tolist()]
+    judged = [r for batch in judges for r in batch[0].tolist()]
+    assert len(left) == 150 and not [r for r in judged if r in left]
+    assert len([r for batch in data.iterate_without(frozenset()) for r in batch[0]]) == 200

@@ -43,6 +43,10 @@ class Calibration:
         """Yield the batches that stages may use; a shuffling loader shuffles the same way each time."""
         yield from self._regroup(self._part(epoch, sealed=False))
 
+    def iterate_without(self, digests: frozenset[int], epoch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of `iterate` without the samples whose content has one of `digests`."""
+        yield from self._regroup(self._drop(self._part(epoch, sealed=False), digests))
+
     def iterate_sealed(self) -> Iterator[Batch]:
         """Yield the sealed samples; nothing without `seal`."""
         if self.seal:
@@ -74,6 +78,12 @@ class Calibration:
                 yield batch
                 continue
             chosen = [i for i in range(len(batch[0])) if _is_sealed([x[i] for x in batch]) == sealed]
+            if chosen:
+                yield batch if len(chosen) == len(batch[0]) else tuple(x[chosen] for x in batch)
+
+    def _drop(self, batches: Iterator[Batch], digests: frozenset[int]) -> Iterator[Batch]:
+        for batch in batches:
+            chosen = [i for i in range(len(batch[0])) if digest_sample([x[i] for x in batch]) not in digests]
             if chosen:
                 yield batch if len(chosen) == len(batch[0]) else tuple(x[chosen] for x in batch)
 
@@ -219,8 +229,18 @@ def _check(batch: Batch, first: Batch, index: int) -> None:
             raise NonFiniteError(f"Calibration item {index} holds NaN or infinity. Leave it out or repair it.")
 
 
+def list_digests(batches: Iterable[Batch]) -> frozenset[int]:
+    """Return the digest of every sample in the batches."""
+    return frozenset(digest_sample([x[i] for x in batch]) for batch in batches for i in range(len(batch[0])))
+
+
 def _is_sealed(sample: list[Tensor]) -> bool:
+    return digest_sample(sample) % SEALED == 0
+
+
+def digest_sample(sample: list[Tensor]) -> int:
+    """Return a number that the sample's content gives: the same wherever and in whatever order it comes."""
     digest = 0
     for tensor in sample:
         digest = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), digest)
-    return digest % SEALED == 0
+    return digest

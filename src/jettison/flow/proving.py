@@ -204,10 +204,10 @@ def _compare_outputs(run: Run, module: Callable[..., Any], path: Path) -> list[t
     return pairs
 
 
-def count_widths(run: Run, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
+def count_widths(run: Run, plan: Plan, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """Return MACs and parameters of each variant."""
     original = count(run.graph.module)
-    refresh(final, run.graph.module)
+    refresh(final, run.graph, run.graph.keeps(plan.kept))
     small = count(final)
     widths = {ORIGINAL: (original.macs, original.parameters), COMPRESSED: (small.macs, small.parameters)}
     if run.recipe.quantize:

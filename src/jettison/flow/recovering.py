@@ -58,8 +58,7 @@ def distil_from_original(run: Run, plan: Plan, student: fx.GraphModule) -> fx.Gr
 
     def compute() -> fx.GraphModule:
         schedule = make_schedule(recipe, run.calibration.device)
-        data = run.calibration.iterate
-        return train_if_better(run.graph, plan, student, data, run.judges, schedule, seed=run.seed)
+        return train_if_better(run.graph, plan, student, run.iterate_training, run.judges, schedule, seed=run.seed)
 
     return run.folder.do("distil", "distilled.safetensors", load, compute, save_tensors)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from jettison.core.budget import Budget
 from jettison.core.errors import NonFiniteError, ShapeError
 from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
-from jettison.flow.calibration import Calibration
+from jettison.flow.calibration import Calibration, list_digests
 from jettison.flow.evaluation import Predict
 from jettison.flow.folder import RunFolder
 from jettison.graph.groups import Graph
@@ -47,6 +47,14 @@ class Run:
     def judges(self) -> list[Batch]:
         """Calibration batches that only judge; the fitting ones where there are no more."""
         return self._taken[1] or self._taken[0]
+
+    def iterate_training(self, epoch: int) -> Iterator[Batch]:
+        """Yield the batches that may be learnt from: all but the judges, who decide whether learning has helped."""
+        return self.calibration.iterate_without(self._judged, epoch)
+
+    @cached_property
+    def _judged(self) -> frozenset[int]:
+        return list_digests(self._taken[1])
 
     @cached_property
     def targets(self) -> list[tuple[Tensor, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
-from jettison.flow.calibration import Calibration, make_calibration
+from jettison.flow.calibration import Calibration, list_digests, make_calibration
 from jettison.flow.costs import make_cost_model
 from jettison.flow.planning import make_plan
 from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
@@ -124,7 +125,9 @@ def recover(
         recalibrate(graph, student, keeps, fitting, positions=recipe.positions, seed=seed)
         if recipe.steps:
             schedule = make_schedule(recipe, data.device)
-            student = train_if_better(graph, plan, student, data.iterate, judges, schedule, seed=seed)
+            judged = list_digests(judges) if judges is not fitting else frozenset[int]()
+            training = partial(data.iterate_without, judged)
+            student = train_if_better(graph, plan, student, training, judges, schedule, seed=seed)
         return nest(student, graph.traced.in_spec, graph.traced.out_spec).eval()
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from jettison.core.errors import TraceError
-from jettison.graph.analyse import Axes, Dims
+from jettison.graph.analyse import Axes, Dims, iterate_dims
 from jettison.graph.axes import Cat, Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
 from jettison.graph.groups import Graph, build_graph
 from jettison.graph.rules import resolve_dim
@@ -40,25 +39,44 @@ def slice_graph(graph: Graph, keeps: Keeps) -> fx.GraphModule:
 
 def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
     """Return the graph with only `kept` positions of the named groups, analysed anew; weights are copies."""
-    module = slice_graph(graph, graph.keeps(kept))
+    keeps = graph.keeps(kept)
+    module = slice_graph(graph, keeps)
     own: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in own:
             copied = tensor.detach().clone()
             own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if _is_parameter(tensor) else copied
         _assign(module, name, own[id(tensor)])
-    refresh(module, graph.module)
+    refresh(module, graph, keeps)
     traced = graph.traced
     return build_graph(
         Traced(module, traced.in_spec, traced.out_spec, traced.example, traced.dynamic_batch, traced.input_names)
     )
 
 
-def refresh(module: fx.GraphModule, original: fx.GraphModule) -> None:
-    """Recompute the shapes in the metadata of every node, with the original's free batch."""
-    inputs = [n.meta["val"] for n in original.graph.nodes if n.op == "placeholder"]
-    mode = next(v.fake_mode for v in inputs if hasattr(v, "fake_mode"))
-    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+def refresh(module: fx.GraphModule, graph: Graph, keeps: Keeps) -> None:
+    """Put the sizes that slicing gave into the metadata of every node; a free batch stays free."""
+    originals = {n.name: n for n in graph.module.graph.nodes}
+    for node in module.graph.nodes:
+        original = originals.get(node.name)
+        if original is not None and "val" in original.meta:
+            node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps)
+
+
+def _resize(value: Any, dims: Any, keeps: Keeps) -> Any:
+    if isinstance(value, (tuple, list)):
+        inner = iterate_dims(dims) if dims else [()] * len(value)
+        return type(value)(_resize(v, d, keeps) for v, d in zip(value, inner, strict=True))
+    if not isinstance(value, Tensor) or not any(is_touched(t, keeps) for t in dims):
+        return value
+    sizes = []
+    for size, term in zip(value.shape, dims, strict=True):
+        if is_touched(term, keeps):
+            # A free batch folded into this dimension keeps its symbol.
+            total, kept = resolve(term).size, count_kept(term, keeps)
+            size = kept if isinstance(size, int) else size * kept // total
+        sizes.append(size)
+    return value.new_empty(sizes)
 
 
 def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:

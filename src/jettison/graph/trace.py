@@ -79,9 +79,10 @@ def nest(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.Tree
     names = iter([n.name for n in graph.nodes if n.op == "placeholder"])
     arguments = []  # one name for each argument of the call, however many tensors it holds
     positional, keywords = in_spec.children()
-    for index, spec in enumerate((*positional.children(), *keywords.children())):
+    for index, spec in enumerate(positional.children()):
         held = [next(names) for _ in range(spec.num_leaves)]
         arguments.append(held[0] if spec.is_leaf() else f"nested_{index}")
+    arguments += keywords.context
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, in_spec, out_spec)))
     return fx.GraphModule(module, graph)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from examples.fashion_mnist import demo
 from examples.fashion_mnist.data import load
 from examples.fashion_mnist.network import build
 from examples.fetch import FetchError
+
 from jettison.core.plain import read_json
 from jettison.core.record import Record
 
