@@ -23,7 +23,7 @@ test: .venv/.installed-dev  ## run every test (under 40 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 quick: .venv/.installed-dev  ## run the quick tests (under 5 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 check: lint test  ## lint, types, import layers, then every test
 

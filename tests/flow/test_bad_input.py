@@ -137,6 +137,7 @@ def test_calibration(model: nn.Module, kind: str, error: type[Exception], says: 
         run(model, make_bad_items(kind), evaluate=evaluate)
 
 
+@pytest.mark.slow
 def test_nothing_to_seal(model: nn.Module, tmp_path: Path) -> None:
     """The advice is to give an evaluate function, and the same folder then takes it."""
     x = split_digits()[0][:2]
@@ -225,6 +226,7 @@ def test_agreement_needs_classes(tmp_path: Path) -> None:
         (jt.Budget(latency_ms=1e-6), "latency is .* ms, above the limit"),
     ],
 )
+@pytest.mark.slow
 def test_an_impossible_budget_carries_the_best(model: nn.Module, budget: jt.Budget, says: str) -> None:
     with pytest.raises(BudgetError, match=says) as caught:
         run(model, budget=budget)
@@ -236,6 +238,7 @@ def test_an_impossible_budget_carries_the_best(model: nn.Module, budget: jt.Budg
     assert any(g.after < g.before for g in result.record.groups), "the best is as small as can be"
 
 
+@pytest.mark.slow
 def test_a_drop_that_cannot_be_kept(model: nn.Module) -> None:
     """A third of the MACs without losing a single prediction: measured, not predicted."""
     with pytest.raises(BudgetError, match=r"agreement drop is .* above the limit of 0") as caught:

@@ -425,6 +425,7 @@ def test_networks_with_arithmetic_outside_layers(make: type[nn.Module], quantize
     assert find_variant(result, "compressed").macs <= result.plan.cost.macs
 
 
+@pytest.mark.slow
 def test_channels_last(model: nn.Module) -> None:
     last = model.to(memory_format=torch.channels_last)
     result = jt.compress(last, split_digits()[0], budget=BUDGET, recipe=FLOAT, quiet=True)

@@ -193,6 +193,7 @@ def test_a_finished_run_is_read_not_repeated(weights: Path, undisturbed: Path, t
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_distillation_goes_on(
     weights: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

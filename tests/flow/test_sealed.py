@@ -67,6 +67,7 @@ def make_loader() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(split_digits()[0]), batch_size=64, shuffle=True)
 
 
+@pytest.mark.slow
 def test_no_stage_sees_the_sealed_fifth(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = run_and_watch(model, make_loader(), monkeypatch)
     proof = seen.pop("proof")

@@ -133,14 +133,22 @@ class TestDoing:
         with torch.no_grad():
             assert torch.equal(jt.apply(graph, whole)(x), trained(x))
 
-    def test_recover_brings_it_nearer(self, trained: nn.Module, graph: jt.Graph, plan: jt.Plan, x: Tensor) -> None:
-        unseen = split_digits()[1]
+    def test_recover_brings_it_nearer(self, trained: nn.Module, graph: jt.Graph, plan: jt.Plan) -> None:
+        seen, unseen = split_digits()[:2]
         sliced = measure_distance(jt.apply(graph, plan), trained, unseen)
-        refitted = jt.recover(graph, plan, x, recipe=dataclasses.replace(RECIPE, steps=0))
-        distilled = jt.recover(graph, plan, x, recipe=dataclasses.replace(RECIPE, steps=100))
+        refitted = jt.recover(graph, plan, seen, recipe=dataclasses.replace(RECIPE, steps=0))
+        distilled = jt.recover(graph, plan, seen, recipe=dataclasses.replace(RECIPE, steps=100))
         assert not distilled.training
         assert measure_distance(refitted, trained, unseen) < 0.7 * sliced
         assert measure_distance(distilled, trained, unseen) < measure_distance(refitted, trained, unseen)
+
+    def test_recover_refuses_what_was_only_learnt_by_heart(self, graph: jt.Graph, plan: jt.Plan, x: Tensor) -> None:
+        few = x[:24]
+        refitted = jt.recover(graph, plan, few, recipe=dataclasses.replace(RECIPE, samples=16, judges=8, steps=0))
+        hasty = dataclasses.replace(RECIPE, samples=16, judges=8, steps=60, learning_rate=0.3)
+        distilled = jt.recover(graph, plan, few, recipe=hasty)
+        pairs = zip(refitted.parameters(), distilled.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
     def test_recover_is_seeded_and_leaves_the_generators_alone(self, graph: jt.Graph, plan: jt.Plan, x: Tensor) -> None:
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
