@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from jettison.core.record import FrozenPart
 from jettison.graph.axes import Atom, iterate_atoms
-from jettison.graph.groups import Graph, Group
 from jettison.graph.layers import Layer, count_positions, find_layers
 from jettison.graph.trace import find_attribute
+
+if TYPE_CHECKING:
+    from jettison.graph.groups import Graph, Group
 
 WIDTH = 100
 FROZEN_SHOWN = 24

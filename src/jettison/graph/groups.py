@@ -13,6 +13,7 @@ from jettison.core.errors import InputError, UnknownName
 from jettison.core.record import FrozenPart
 from jettison.graph.analyse import Axes, analyse
 from jettison.graph.axes import Atom, iterate_atoms
+from jettison.graph.draw import draw_graph
 from jettison.graph.rules import RULES, elementwise
 from jettison.graph.trace import Traced, find_attribute, get_tensor, trace_module
 
@@ -93,8 +94,6 @@ class Graph:
 
     def __str__(self) -> str:
         """Draw the groups and what is frozen as a table."""
-        from jettison.graph.draw import draw_graph
-
         return draw_graph(self)
 
 
