@@ -33,6 +33,8 @@ from jettison.core.errors import (
     VerificationError,
 )
 
+pytestmark = pytest.mark.slow
+
 FLOAT = jt.Recipe(samples=96, judges=32, positions=2000, steps=4, rounds=4, quantize=False)
 
 

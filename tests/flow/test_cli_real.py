@@ -18,6 +18,8 @@ import pytest
 
 from jettison.flow.compress import DELIVERABLES
 
+pytestmark = pytest.mark.slow
+
 NETWORK = """
 import torch
 from torch import nn

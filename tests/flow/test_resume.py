@@ -24,6 +24,8 @@ from jettison.core import plain
 from jettison.core.errors import CheckpointError, JettisonError
 from jettison.graph.store import save_tensors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 STAGES = (
     "run.json",

@@ -21,7 +21,7 @@ from jettison.quantization import Quantized, quantize
 from jettison.quantization.integers import run_integers
 from jettison.targets import onnxruntime as target
 
-pytestmark = pytest.mark.skipif(target.why_missing() is not None, reason=str(target.why_missing()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(target.why_missing() is not None, reason=str(target.why_missing()))]
 
 FLOAT_TOLERANCE = 1e-5
 """Relative to the largest output: two float32 libraries sum in different orders."""
