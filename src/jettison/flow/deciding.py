@@ -12,11 +12,11 @@ import torch
 
 from jettison.core.errors import CheckpointError
 from jettison.core.plain import read_json, write_json
-from jettison.core.plan import Plan
+from jettison.core.plan import Cost, Plan
 from jettison.cost.macs import count
 from jettison.flow.costs import CostModel, make_cost_model
 from jettison.flow.evaluation import agreement, run_evaluate
-from jettison.flow.planning import make_plan
+from jettison.flow.planning import make_plan, read_limits
 from jettison.flow.run import Run, export_file
 from jettison.flow.sensitivity import GroupOptions, Sensitivity, measure_sensitivity
 from jettison.pruning.recalibrate import recalibrate
@@ -90,23 +90,6 @@ def measure_files(run: Run, files: Mapping[str, Path], *, rounds: int) -> dict[s
     return {name: (t.latency_ms.value, t.speedup.value) for name, t in found.items()}
 
 
-def read_limits(run: Run, reference: Reference) -> dict[str, float]:
-    """Turn the budget's costs into absolute limits; of a share and an absolute value the tighter holds."""
-    budget, limits = run.budget, dict[str, float]()
-    macs = count(run.graph.module).macs
-    rows = (
-        ("latency_ms", budget.latency, reference.original_ms, budget.latency_ms, 1.0),
-        ("size_bytes", budget.size, reference.original_bytes, budget.size_mb, 1e6),
-        ("macs", budget.macs, macs, budget.mmacs, 1e6),
-    )
-    for kind, share, whole, absolute, unit in rows:
-        bounds = [share * whole] if share is not None else []
-        bounds += [absolute * unit] if absolute is not None else []
-        if bounds:
-            limits[kind] = min(bounds)
-    return limits
-
-
 def decide(run: Run, sensitivity: Sensitivity, reference: Reference) -> Plan:
     """Return the plan of least predicted loss whose measured candidate keeps the limits.
 
@@ -114,7 +97,8 @@ def decide(run: Run, sensitivity: Sensitivity, reference: Reference) -> Plan:
     than that share of the held-out calibration inputs; the true drop cannot be larger, up to sampling. Without
     quantization or pruning there is nothing to decide and the plan keeps everything.
     """
-    limits = read_limits(run, reference)
+    original = Cost(count(run.graph.module).macs, reference.original_bytes, reference.original_ms)
+    limits = read_limits(run.budget, original)
     needs_time = "latency_ms" in limits or not limits
     costs = make_cost_model(run.graph, bits=run.bits, latency=needs_time, threads=run.threads)
     full = costs.predict({})

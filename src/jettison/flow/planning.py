@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jettison.core.plan import FORMAT, Plan, PlanPoint
+from jettison.core.budget import Budget
+from jettison.core.plan import FORMAT, Cost, Plan, PlanPoint
 from jettison.flow.costs import CostModel
 from jettison.flow.sensitivity import Sensitivity
 from jettison.search.planner import plan_widths
+
+
+def read_limits(budget: Budget, original: Cost) -> dict[str, float]:
+    """Turn a budget's costs into absolute limits; of a share of `original` and an absolute value the tighter holds."""
+    rows = (
+        ("latency_ms", budget.latency, original.latency_ms or 0.0, budget.latency_ms, 1.0),
+        ("size_bytes", budget.size, original.size_bytes, budget.size_mb, 1e6),
+        ("macs", budget.macs, original.macs, budget.mmacs, 1e6),
+    )
+    limits: dict[str, float] = {}
+    for kind, share, whole, absolute, unit in rows:
+        bounds = [share * whole] if share is not None else []
+        bounds += [absolute * unit] if absolute is not None else []
+        if bounds:
+            limits[kind] = min(bounds)
+    return limits
 
 
 def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, float]) -> Plan:

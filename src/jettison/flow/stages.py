@@ -19,7 +19,7 @@ from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
 from jettison.flow.calibration import Calibration, list_digests, make_calibration
 from jettison.flow.costs import make_cost_model
-from jettison.flow.planning import make_plan
+from jettison.flow.planning import make_plan, read_limits
 from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
 from jettison.flow.recovering import make_schedule, train_if_better
 from jettison.flow.run import split_samples
@@ -74,17 +74,7 @@ def plan(
         graph.find(group.group)
     timed = budget.latency is not None or budget.latency_ms is not None
     whole = make_cost_model(graph, bits=32, latency=timed, threads=threads).predict({})
-    rows = (
-        ("latency_ms", budget.latency, whole.latency_ms or 0.0, budget.latency_ms, 1.0),
-        ("size_bytes", budget.size, whole.size_bytes, budget.size_mb, 1e6),
-        ("macs", budget.macs, whole.macs, budget.mmacs, 1e6),
-    )
-    limits: dict[str, float] = {}
-    for kind, share, reference, absolute, unit in rows:
-        bounds = [share * reference] if share is not None else []
-        bounds += [absolute * unit] if absolute is not None else []
-        if bounds:
-            limits[kind] = min(bounds)
+    limits = read_limits(budget, whole)
     if not limits:
         raise InputError("plan() needs a limit on latency, size or MACs. For a drop alone, use compress().")
     costs = make_cost_model(graph, bits=8 if quantize else 32, latency=timed, threads=threads)
