@@ -18,7 +18,7 @@ from torch.fx.graph import CodeGen
 
 from jettison.core.errors import CheckpointError, ExportError, ShapeError, TargetMissing
 from jettison.quantization import Quantized, quantize
-from jettison.quantization.integers import run_integers
+from jettison.quantization.integers import add_as_kernel, run_integers
 from jettison.targets import onnxruntime as target
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(target.why_missing() is not None, reason=str(target.why_missing()))]
@@ -271,3 +271,48 @@ def test_a_cut_file_is_a_checkpoint_error(cases: dict[str, Case], tmp_path: Path
     for ask in (target.load, target.measure_peak_memory):
         with pytest.raises(CheckpointError, match=r"cut\.onnx"):
             ask(tmp_path / "cut.onnx", threads=1)
+
+
+def kernel_sums(left: np.ndarray, right: np.ndarray, scales: list[np.float32], zero_points: list[int]) -> np.ndarray:
+    """Add two integer tensors in the runtime itself."""
+    from onnx import TensorProto, helper
+
+    kinds = {"s": TensorProto.FLOAT, "z": TensorProto.UINT8}
+    values = {f"s{i}": s for i, s in enumerate(scales)} | {f"z{i}": z for i, z in enumerate(zero_points)}
+    constants = [helper.make_tensor(name, kinds[name[0]], [], [value]) for name, value in values.items()]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["a", "s0", "z0"], ["fa"]),
+        helper.make_node("DequantizeLinear", ["b", "s1", "z1"], ["fb"]),
+        helper.make_node("Add", ["fa", "fb"], ["f"]),
+        helper.make_node("QuantizeLinear", ["f", "s2", "z2"], ["c"]),
+    ]
+    shapes = [helper.make_tensor_value_info(n, TensorProto.UINT8, list(left.shape)) for n in "abc"]
+    graph = helper.make_graph(nodes, "add", shapes[:2], shapes[2:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    import onnxruntime
+
+    sums = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"a": left, "b": right})[0]
+    return np.asarray(sums).astype(int)
+
+
+@pytest.mark.skipif(
+    not {"fma"} <= (target.read_cpu_flags() or frozenset()), reason="the reference follows the kernel for x86 with FMA"
+)
+def test_sums_of_integer_tensors_round_as_the_kernel_does() -> None:
+    """Every pair of 8-bit numbers, with scales that make many ties; another order of the additions is noticed."""
+    rng = np.random.default_rng(0)
+    left, right = (g.reshape(1, 1, 256, 256) for g in np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 2))
+    a, b = torch.from_numpy(left.copy()), torch.from_numpy(right.copy())
+    swapped = 0
+    for _ in range(20):
+        unit = rng.uniform(0.001, 0.05)
+        multiples = (*rng.integers(1, 16, 2), rng.choice([2, 4, 6, 8, 10, 12]))
+        scales = [np.float32(unit * m) for m in multiples]
+        zeros = [int(z) for z in rng.integers(0, 256, 3)]
+        wanted = kernel_sums(left, right, scales, zeros)
+        steps = tuple(torch.tensor(s) for s in scales)
+        found = add_as_kernel(a, b, steps, tuple(zeros)).round().clamp(0, 255)
+        assert np.array_equal(found.numpy().astype(int), wanted)
+        other = add_as_kernel(b, a, (steps[1], steps[0], steps[2]), (zeros[1], zeros[0], zeros[2]))
+        swapped += int((other.round().clamp(0, 255).numpy().astype(int) != wanted).sum())
+    assert swapped > 0

@@ -84,13 +84,10 @@ class _Integers(Interpreter):
         if len(n.users) != 1 or not all(isinstance(a, Node) and _is_dequantized(a) for a in n.args[:2]) or n.kwargs:
             return None
         left, right = (a for a in n.args[:2] if isinstance(a, Node))
-        first, second = _step(left) / _step(quantizing), _step(right) / _step(quantizing)
-        zero_left, zero_right, zero = left.args[2], right.args[2], quantizing.args[2]
-        assert isinstance(zero_left, int) and isinstance(zero_right, int) and isinstance(zero, int)
-        # As the kernel does it: zero points into one constant, then two fused multiply-adds, each rounding once.
-        fixed = zero - (first * zero_left + second * zero_right)
-        steps = (self._read(left.args[0]).double() * first.double() + fixed.double()).float()
-        steps = (self._read(right.args[0]).double() * second.double() + steps.double()).float()
+        scales = (_step(left), _step(right), _step(quantizing))
+        zero_points = (left.args[2], right.args[2], quantizing.args[2])
+        assert all(isinstance(z, int) for z in zero_points)
+        steps = add_as_kernel(self._read(left.args[0]), self._read(right.args[0]), scales, zero_points)
         return _saturate(steps, quantizing)
 
     def _integers(self, n: Node) -> tuple[Tensor, Tensor]:
@@ -103,6 +100,21 @@ class _Integers(Interpreter):
         assert isinstance(node, Node)
         value: Tensor = self.fetch_attr(str(node.target)) if node.op == "get_attr" else self.env[node]
         return value
+
+
+def add_as_kernel(left: Tensor, right: Tensor, scales: tuple[Tensor, ...], zero_points: tuple[Any, ...]) -> Tensor:
+    """Return the steps, before rounding, that the runtime's kernel for adding two integer tensors comes to.
+
+    `scales` and `zero_points` are those of left, right and result. The kernel rounds to float32 after each fused
+    multiply-add, the right tensor first; in float64 a product of two float32 numbers is exact, so that adding to it
+    and rounding once is what a fused multiply-add does. Any other order falls to another side of a tie now and then.
+    """
+    first, second = (scales[0] / scales[2]).double(), (scales[1] / scales[2]).double()
+    product = (second * zero_points[1]).float().double()
+    fixed = zero_points[2] - (first * zero_points[0] + product).float()
+    steps = (right.double() * second + fixed.double()).float()
+    summed: Tensor = (left.double() * first + steps.double()).float()
+    return summed
 
 
 def _is_dequantized(node: Node) -> bool:
