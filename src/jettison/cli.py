@@ -183,16 +183,32 @@ def compress(source: str, inputs_source: str, test: str | None, as_json: bool, o
 @click.option(
     "--shape", "example", multiple=True, callback=reading(make_input), metavar="N,..", help="Or shapes: 1,3,224,224."
 )
+@click.option("--all", "every", is_flag=True, help="List every group with all its members, and all that is frozen.")
+@click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Draw a page.")
 @pictures
 @common
-def trace(source: str, inputs_source: str | None, example: tuple[Any, ...], as_json: bool, **given: Any) -> None:
-    """Show what can be pruned in MODEL, and what cannot and why."""
+def trace(
+    source: str,
+    inputs_source: str | None,
+    example: tuple[Any, ...],
+    every: bool,
+    page: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Show what can be pruned in MODEL and what that is worth, and what cannot and why."""
     if (inputs_source is None) == (not example):
         raise click.UsageError("Give either --inputs SRC or --shape, for example --shape 1,3,224,224.")
     with _only_json(as_json):
+        from rich.console import Console
+
         import jettison
         from jettison.core.plain import to_plain
         from jettison.flow.calibration import count_inputs
+        from jettison.graph.draw import draw_explanation
+        from jettison.graph.explain import explain
+        from jettison.report.graph_page import write_graph
+        from jettison.report.terminal import fit_text
         from jettison.sources.inputs import split_batch
         from jettison.sources.models import load_model
 
@@ -205,12 +221,15 @@ def trace(source: str, inputs_source: str | None, example: tuple[Any, ...], as_j
             else:
                 example = split_batch(item, count_inputs(network, item))[0]
         graph = jettison.trace(network, tuple(x.to(device) for x in example), kwinputs=keywords)
+        found = explain(graph)
+        if page is not None:
+            write_graph(found, page, source)
     if as_json:
-        groups = [{"name": g.name, "size": g.size, "layers": g.layers, "exact": g.exact} for g in graph.groups]
-        frozen = [to_plain(part) for part in graph.frozen]
-        click.echo(json.dumps({"groups": groups, "frozen": frozen, "opaque": graph.opaque}, indent=1))
-    else:
-        click.echo(str(graph))
+        click.echo(json.dumps(to_plain(found), indent=1))
+        return
+    click.echo(fit_text(draw_explanation(found, every=every), Console()))
+    if page is not None:
+        click.echo(f"\nPage: {page}")
 
 
 @main.command()

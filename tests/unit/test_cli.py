@@ -240,8 +240,25 @@ class TestOthers:
     def test_trace(self, folder: Path) -> None:
         done = run("trace", "net:build", "--shape", "2,3,8,8")
         assert done.exit_code == 0, done.output
+        assert "gone if every group keeps half" in done.stdout
         plain = json.loads(run("trace", "net:build", "--inputs", "xy.npz", "--json").stdout)
-        assert any(g["size"] == 8 for g in plain["groups"])
+        group = next(g for g in plain["groups"] if g["size"] == 8)
+        assert [tuple(m.values()) for m in group["members"]] == [("0.weight", 0), ("0.bias", 0), ("2.weight", 1)]
+        assert 0 < group["worth"]["half"]["macs"] < group["worth"]["touched"]["macs"] <= 1
+        assert {"what", "reason", "where"} == plain["frozen"][0].keys()
+        every = run("trace", "net:build", "--shape", "2,3,8,8", "--all").stdout
+        assert "0.weight:0, 0.bias:0, 2.weight:1" in every
+
+    def test_trace_draws_a_page(self, folder: Path) -> None:
+        done = run("trace", "net:build", "--shape", "2,3,8,8", "--html", "graph.html")
+        assert done.exit_code == 0, done.output
+        assert done.stdout.endswith("Page: graph.html\n")
+        assert "net:build" in (folder / "graph.html").read_text()
+        (folder / "graph.html").unlink()
+        plain = json.loads(run("trace", "net:build", "--shape", "2,3,8,8", "--html", "graph.html", "--json").stdout)
+        assert plain["macs"] > 0
+        assert (folder / "graph.html").is_file()
+        assert run("trace", "net:build", "--shape", "2,3,8,8", "--html", ".").exit_code == 2
 
     def test_trace_refuses_a_wrong_shape(self, folder: Path) -> None:
         done = run("trace", "net:build", "--shape", "2,4,8,8")
