@@ -231,16 +231,18 @@ def test_a_graph_cannot_carry_code(
     assert "antigravity" not in sys.modules
 
 
-class Branching(nn.Module):
-    """Control flow: an operator with sub-graphs."""
+class Looping(nn.Module):
+    """Control flow without a rule: a loop whose length depends on values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.cond(x.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,))
+        from torch._higher_order_ops import while_loop
+
+        y: Tensor = while_loop(lambda t: t.sum() < 9, lambda t: (t + 1,), (x,))[0]
         return y
 
 
 def test_what_is_no_aten_operator_is_not_saved(tmp_path: Path) -> None:
-    graph = trace(Branching(), torch.randn(2, 3))
+    graph = trace(Looping(), torch.randn(2, 3))
     with pytest.raises(ExportError, match="cannot be saved as data"):
         _save(graph, tmp_path)
     assert not list(tmp_path.iterdir())

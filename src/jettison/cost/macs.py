@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from jettison.core.errors import InputError
+from jettison.graph.subgraphs import list_regions, runs_graphs, walk_nodes
 
 Size = tuple[int, ...]
 
@@ -53,23 +54,26 @@ def count(module: fx.GraphModule) -> Profile:
     """Count a flat graph of ATen operators whose nodes hold fake tensors, as torch.export makes it.
 
     The first dimension of the first tensor input is the batch, symbolic or not; all figures are for one sample of it.
-    Other symbolic sizes take the value they had when tracing. Raises InputError where a node has no shape.
+    Other symbolic sizes take the value they had when tracing. Tensors whose size depends on values (how many boxes are
+    left) are left out: their operators are named in `uncounted`. Both branches of a `torch.cond` count, as if both
+    ran. Raises InputError where a node has no shape.
     """
     sizes = _Sizes(module.graph)
     seen: set[int] = set()
     nodes = []
     uncounted: Counter[str] = Counter()
-    for node in module.graph.nodes:
+    for prefix, node in walk_nodes(module):
         if node.op not in ("call_function", "call_module", "call_method"):
             continue
         name = _name(node)
         formula = FORMULAS.get(name.removeprefix("aten.").partition(".")[0]) if name.startswith("aten.") else None
-        macs = formula(node, sizes) if formula else None
+        known = all(map(sizes.knows, (node, *node.all_input_nodes)))
+        macs = formula(node, sizes) if formula and known else None
         if macs is None:
-            if not _is_free(node):
+            if not _is_free(node) and not runs_graphs(node):
                 uncounted[name] += 1
             macs = 0
-        parameters = _count_parameters(module, node, seen)
+        parameters = _count_parameters(module, prefix, node, seen)
         if macs or parameters:
             nodes.append(NodeCost(node.name, name, macs // sizes.divisor, parameters))
     held = list(module.parameters())
@@ -78,7 +82,7 @@ def count(module: fx.GraphModule) -> Profile:
         macs=sum(n.macs for n in nodes),
         parameters=sum(p.numel() for p in held),
         parameter_bytes=sum(p.numel() * p.element_size() for p in held),
-        peak_activation_bytes=_peak_bytes(module.graph, sizes) // sizes.divisor,
+        peak_activation_bytes=_peak_bytes(module, sizes) // sizes.divisor,
         uncounted=dict(uncounted),
     )
 
@@ -134,8 +138,21 @@ class _Sizes:
         return sum(
             math.prod(self.number(n) for n in t.shape) * t.element_size()
             for t in tensors
-            if isinstance(t, torch.Tensor)
+            if isinstance(t, torch.Tensor) and not any(map(_depends_on_values, t.shape))
         )
+
+    def knows(self, node: fx.Node) -> bool:
+        """Tell whether the sizes of a node's tensors follow from those of the inputs."""
+        value = _value(node)
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        return not any(_depends_on_values(n) for t in tensors if isinstance(t, torch.Tensor) for n in t.shape)
+
+
+def _depends_on_values(size: int | torch.SymInt) -> bool:
+    if not isinstance(size, torch.SymInt):
+        return False
+    symbols = size.node.expr.free_symbols
+    return len(_hints(size, symbols)) < len(symbols)
 
 
 def _hints(size: torch.SymInt, symbols: Iterable[Any]) -> dict[Any, int]:
@@ -208,6 +225,25 @@ def _einsum(node: fx.Node, sizes: _Sizes) -> int | None:
     return math.prod(extent.values())
 
 
+def _recurrent(node: fx.Node, sizes: _Sizes) -> int | None:
+    """Every step of every sequence meets each weight matrix once. None for packed sequences."""
+    if not _name(node).endswith(".input"):
+        return None
+    x, weights = sizes.of(node.args[0]), node.args[2]
+    assert isinstance(weights, (list, tuple))
+    return x[0] * x[1] * _matrix_elements(weights, sizes)
+
+
+def _recurrent_step(node: fx.Node, sizes: _Sizes) -> int:
+    """One step, as `_recurrent`."""
+    return sizes.of(node.args[0])[0] * _matrix_elements(node.args[2:4], sizes)
+
+
+def _matrix_elements(weights: Iterable[Any], sizes: _Sizes) -> int:
+    """Return the elements of all matrices among a recurrent operator's weights; biases are only added."""
+    return sum(math.prod(shape) for shape in map(sizes.of, weights) if len(shape) == 2)
+
+
 FORMULAS: dict[str, Callable[[fx.Node, _Sizes], int | None]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
@@ -228,6 +264,14 @@ FORMULAS: dict[str, Callable[[fx.Node, _Sizes], int | None]] = {
     "scaled_dot_product_attention": _attention,
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "einsum": _einsum,
+    "lstm": _recurrent,
+    "gru": _recurrent,
+    "rnn_tanh": _recurrent,
+    "rnn_relu": _recurrent,
+    "lstm_cell": _recurrent_step,
+    "gru_cell": _recurrent_step,
+    "rnn_tanh_cell": _recurrent_step,
+    "rnn_relu_cell": _recurrent_step,
 }
 """ATen operator (without overload) to its MACs for the traced shapes."""
 
@@ -278,12 +322,12 @@ def _is_view(node: fx.Node) -> bool:
     return any(r.alias_info is not None for r in schema.returns)
 
 
-def _count_parameters(module: fx.GraphModule, node: fx.Node, seen: set[int]) -> int:
+def _count_parameters(module: fx.GraphModule, prefix: str, node: fx.Node, seen: set[int]) -> int:
     """Return the parameters a node reads that none before it has read."""
     total = 0
     for source in node.all_input_nodes:
         if source.op == "get_attr":
-            tensor = operator.attrgetter(str(source.target))(module)
+            tensor = operator.attrgetter(f"{prefix}{source.target}")(module)
             if isinstance(tensor, torch.nn.Parameter) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 total += tensor.numel()
@@ -299,20 +343,28 @@ def _memory_owners(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
         yield node, owner[node]
 
 
-def _peak_bytes(graph: fx.Graph, sizes: _Sizes) -> int:
-    """Return the most bytes alive at any node: its result, and every result that it or a later node reads."""
-    place = {node: index for index, node in enumerate(graph.nodes)}
+def _peak_bytes(module: fx.GraphModule, sizes: _Sizes, free: tuple[str, ...] = ("get_attr", "output")) -> int:
+    """Return the most bytes alive at any node: its result, and every result that it or a later node reads.
+
+    `free` are the kinds of nodes that take none. A node that runs a graph also takes what that needs inside.
+    """
+    place = {node: index for index, node in enumerate(module.graph.nodes)}
     last: dict[fx.Node, int] = {}
-    for node, owner in _memory_owners(graph):
+    for node, owner in _memory_owners(module.graph):
         last[owner] = max([last.get(owner, 0), place[node], *(place[user] for user in node.users)])
     changes = [0] * (len(place) + 1)
     for owner, end in last.items():
-        if owner.op not in ("get_attr", "output"):
+        if owner.op not in free:
             size = sizes.bytes(owner)
             changes[place[owner]] += size
             changes[end + 1] -= size
+    inside = {
+        place[node]: max(_peak_bytes(r.module, sizes, (*free, "placeholder")) for r in regions) - sizes.bytes(node)
+        for node in place
+        if (regions := list_regions(module, node))
+    }
     peak = alive = 0
-    for change in changes:
+    for index, change in enumerate(changes):
         alive += change
-        peak = max(peak, alive)
+        peak = max(peak, alive + max(0, inside.get(index, 0)))
     return peak

@@ -15,7 +15,7 @@ from jettison.cost.layers import LayerShape
 from jettison.cost.macs import count
 from jettison.graph.axes import Atom, Cat, Term, resolve
 from jettison.graph.groups import Graph
-from jettison.graph.layers import Layer, count_positions, find_layers
+from jettison.graph.layers import Layer, Recurrence, count_positions, find_layers, find_recurrences
 from jettison.graph.trace import get_tensor, shape_of
 
 
@@ -38,7 +38,7 @@ class CostModel:
     def predict(self, counts: Mapping[str, int]) -> Cost:
         """Return the cost of keeping `counts` positions of the named groups, all of the others."""
         kept = {self.graph.find(name).atom: number for name, number in counts.items()}
-        macs = self.count_layer_macs(counts) + self._other_macs
+        macs = self.count_layer_macs(counts) + self._count_recurrent_macs(kept) + self._other_macs
         latency = None
         if self.table is not None:
             latency = self.scale * sum(self._time(i, layer, kept) for i, layer in enumerate(self.layers))
@@ -51,8 +51,18 @@ class CostModel:
 
     @cached_property
     def _other_macs(self) -> int:
-        """MACs outside the layers (attention, computed weights), taken at full width: never below the truth."""
-        return count(self.graph.module).macs - sum_layer_macs(self.graph.module)
+        """MACs of all else (attention, computed weights), taken at full width: never below the truth."""
+        known = sum_layer_macs(self.graph.module) + self._count_recurrent_macs({})
+        return count(self.graph.module).macs - known
+
+    @cached_property
+    def _recurrences(self) -> tuple[Recurrence, ...]:
+        return find_recurrences(self.graph.module, len(self.graph.traced.example[0]))
+
+    def _count_recurrent_macs(self, kept: Mapping[Atom, int]) -> int:
+        tensors = self.graph.axes.tensors
+        pairs = [(call.steps, tensors[name]) for call in self._recurrences for name in call.matrices]
+        return sum(steps * math.prod(count_term(t, kept) for t in dims) for steps, dims in pairs)
 
     def _widths(self, layer: Layer, kept: Mapping[Atom, int]) -> tuple[int, int]:
         rows, columns = self.graph.axes.tensors[layer.weight][:2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from jettison.graph.groups import Graph, Group
-from jettison.graph.trace import Batch, evaluate_node, get_tensor
+from jettison.graph.trace import Batch, evaluate_node, find_attribute
 
 
 @dataclass
@@ -64,7 +64,9 @@ def find_first_use(graph: Graph, group: Group) -> int:
     """Return the number of the first node that reads a tensor of the group: before it nothing changes."""
     members = {m.tensor for m in group.members}
     for index, node in enumerate(graph.module.graph.nodes):
-        if node.op == "call_function" and any(str(a.target) in members for a in node.all_input_nodes):
+        named = {str(a.target) for a in node.all_input_nodes if a.op == "get_attr"}
+        # A constant of a sub-graph is named by the path through it.
+        if node.op == "call_function" and any(m in named or m.partition(".")[0] in named for m in members):
             return index
     return 0
 
@@ -78,6 +80,6 @@ def _step(module: fx.GraphModule, node: fx.Node, values: dict[str, Any]) -> None
     if node.op in ("placeholder", "get_attr"):
         return  # inputs are there from the start, tensors are read when used
     arguments = {
-        a: get_tensor(module, str(a.target)) if a.op == "get_attr" else values[a.name] for a in node.all_input_nodes
+        a: find_attribute(module, str(a.target)) if a.op == "get_attr" else values[a.name] for a in node.all_input_nodes
     }
     values[node.name] = evaluate_node(node, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from jettison.graph.axes import Atom, Cat, Term, resolve
+from jettison.graph.recurrent import GATES
+from jettison.graph.subgraphs import bind_operands, walk_nodes
 from jettison.graph.trace import hint, shape_of
 
 aten = torch.ops.aten
@@ -36,22 +39,23 @@ class Layer:
 def find_layers(module: fx.GraphModule) -> tuple[Layer, ...]:
     """Return the convolution and linear calls in the order they run; a weight used twice gives two layers."""
     layers = []
-    for node in module.graph.nodes:
+    operands = bind_operands(module)
+    for prefix, node in walk_nodes(module):
         is_conv = node.target in _CONVOLUTIONS
         if not is_conv and node.target != aten.linear.default:
             continue
-        weight = node.args[1]
-        if weight.op != "get_attr":
+        weight = _name_tensor(node.args[1], prefix, operands)  # type: ignore[arg-type]
+        if weight is None:
             continue
-        name = str(weight.target).rpartition(".")[0] or str(weight.target)
+        name = weight.rpartition(".")[0] or weight
         bias = _arg(node, 2, "bias", None)
-        rank = len(weight.meta["val"].shape) - 2
+        rank = len(node.args[1].meta["val"].shape) - 2  # type: ignore[union-attr]
         layers.append(
             Layer(
                 name,
                 "conv" if is_conv else "linear",
-                str(weight.target),
-                str(bias.target) if isinstance(bias, fx.Node) else None,
+                weight,
+                _name_tensor(bias, prefix, operands) if isinstance(bias, fx.Node) else None,
                 int(_arg(node, 6, "groups", 1)) if is_conv else 1,
                 _sizes(_arg(node, 3, "stride", 1), rank) if is_conv else (),
                 _padding(node, rank) if is_conv else (),
@@ -60,6 +64,44 @@ def find_layers(module: fx.GraphModule) -> tuple[Layer, ...]:
             )
         )
     return tuple(layers)
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """One call of a recurrent operator: the steps a sample takes, and the matrices that meet it at each."""
+
+    steps: int
+    matrices: tuple[str, ...]
+
+
+def find_recurrences(module: fx.GraphModule, samples: int) -> tuple[Recurrence, ...]:
+    """Return the calls of recurrent operators in the order they run; `samples` is the batch the graph was traced with.
+
+    Left out are packed sequences, and weights that are computed.
+    """
+    operands = bind_operands(module)
+    found = []
+    for prefix, node in walk_nodes(module):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet not in GATES or getattr(node.target, "_overloadname", "") == "data":
+            continue
+        is_step = str(packet).endswith("_cell")
+        weights: Any = node.args[2:4] if is_step else node.args[2]
+        names = [_name_tensor(w, prefix, operands) for w in weights if len(w.meta["val"].shape) == 2]
+        if None not in names:
+            shape: Any = shape_of(node.args[0])  # type: ignore[arg-type]
+            steps = math.prod(shape[:1] if is_step else shape[:2]) // samples
+            found.append(Recurrence(steps, tuple(n for n in names if n is not None)))
+    return tuple(found)
+
+
+def _name_tensor(node: fx.Node, prefix: str, operands: Mapping[fx.Node, Any]) -> str | None:
+    """Name the tensor of the module that a node stands for; a sub-graph is handed its tensors as operands."""
+    if node.op == "get_attr":
+        return f"{prefix}{node.target}"
+    while node in operands:
+        node = operands[node]
+    return str(node.target) if node.op == "get_attr" else None
 
 
 def unfold_patches(layer: Layer, x: Tensor) -> Tensor | None:

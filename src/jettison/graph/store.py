@@ -20,14 +20,19 @@ from torch.utils import _pytree as pytree
 
 from jettison.core.errors import CheckpointError, ExportError
 from jettison.core.plain import write_bytes
+from jettison.graph.subgraphs import OPERATORS, find_operator, list_regions, runs_graphs
 from jettison.graph.trace import get_tensor
 
 FORMAT = "jettison.graph/1"
 
 _BUILTINS: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name) for name in ("getitem", "mul", "add", "sub", "floordiv", "truediv", "neg", "mod")
+    name: getattr(operator, name)
+    for name in ("getitem", "mul", "add", "sub", "floordiv", "truediv", "neg", "mod", "pow")
+    + ("and_", "or_", "eq", "ne", "ge", "gt", "le", "lt")
 }
-_NAMESPACES = ("aten",)
+_BUILTINS |= {name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")}
+_NAMESPACES = ("aten", "torchvision")
+"""torchvision's operators (regions of interest, deformed convolutions) are there once it has been imported."""
 
 
 def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, folder: Path) -> None:
@@ -41,6 +46,11 @@ def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytre
 
 def write_json_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, path: Path) -> None:
     """Write the graph without its tensors."""
+    write_bytes((json.dumps(describe_graph(module, in_spec, out_spec), indent=1) + "\n").encode(), path)
+
+
+def describe_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> dict[str, Any]:
+    """Return the graph without its tensors as plain JSON; raises ExportError for an operator that is not listed."""
     try:
         specs = [json.loads(pytree.treespec_dumps(spec)) for spec in (in_spec, out_spec)]
         for spec in specs:
@@ -50,15 +60,14 @@ def write_json_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec:
             f"The network's inputs or outputs are nested in a way that cannot be saved: {error}. "
             "Return tuples, lists or dicts."
         ) from error
-    data = {
+    return {
         "format": FORMAT,
         "torch": torch.__version__,
         "in_spec": specs[0],
         "out_spec": specs[1],
         "parameters": sorted(name for name, _ in module.named_parameters(remove_duplicate=False)),
-        "nodes": [_dump_node(node) for node in module.graph.nodes],
+        **_dump_graph(module),
     }
-    write_bytes((json.dumps(data, indent=1) + "\n").encode(), path)
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:
@@ -113,9 +122,15 @@ def load_graph(folder: Path) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.Tr
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Give the folder that `save` wrote.") from error
+    return restore_graph(data, read_tensors(folder / "model.safetensors"), path)
+
+
+def restore_graph(
+    data: Any, tensors: Mapping[str, Tensor], path: Path
+) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.TreeSpec]:
+    """Return what `describe_graph` described, over its tensors; `path` is where it was read, for messages."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a graph of format {FORMAT!r}. Give the folder that `save` wrote.")
-    tensors = read_tensors(folder / "model.safetensors")
     try:
         module = _build_module(data, tensors)
         for key in ("in_spec", "out_spec"):
@@ -127,7 +142,15 @@ def load_graph(folder: Path) -> tuple[fx.GraphModule, pytree.TreeSpec, pytree.Tr
 
 
 def _build_module(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    root = build_tree(tensors, set(data["parameters"]))
+    return _build_graph(build_tree(tensors, set(data["parameters"])), data).eval()
+
+
+def _build_graph(root: nn.Module, data: Mapping[str, Any]) -> fx.GraphModule:
+    """Build a graph over the tensors of `root`, and the sub-graphs of its nodes before it."""
+    for name, inner in data.get("graphs", {}).items():
+        if not name.isidentifier():
+            raise KeyError(f"{name!r} is no name of a sub-graph")
+        root.add_module(name, _build_graph(root._modules.get(name) or nn.Module(), inner))
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in data["nodes"]:
@@ -137,10 +160,19 @@ def _build_module(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.
         _check_names(entry)
         if kind == "call_function":
             target = _find_operator(target)
-        elif kind == "get_attr" and target not in tensors:
+        elif kind == "get_attr" and not isinstance(_find(root, target), (Tensor, fx.GraphModule)):
             raise KeyError(f"tensor {target!r} is not in model.safetensors")
         nodes[entry["name"]] = graph.create_node(kind, target, tuple(args), kwargs, name=entry["name"])
-    return fx.GraphModule(root, graph).eval()
+    return fx.GraphModule(root, graph)
+
+
+def _find(root: nn.Module, name: str) -> Any:
+    """Return the tensor or sub-graph of that name; None where there is none."""
+    owner: Any = root
+    *path, leaf = name.split(".")
+    for part in path:
+        owner = owner._modules.get(part, nn.Module())
+    return {**owner._modules, **owner._parameters, **owner._buffers}.get(leaf)
 
 
 def _check_names(entry: Mapping[str, Any]) -> None:
@@ -183,6 +215,13 @@ def build_tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module
     return root
 
 
+def _dump_graph(module: fx.GraphModule) -> dict[str, Any]:
+    """Describe the nodes of a graph and, by the name it hangs under, each sub-graph that a node runs."""
+    inner = {r.name: _dump_graph(r.module) for n in module.graph.nodes for r in list_regions(module, n)}
+    nodes = [_dump_node(node) for node in module.graph.nodes]
+    return {"nodes": nodes, "graphs": inner} if inner else {"nodes": nodes}
+
+
 def _dump_node(node: fx.Node) -> dict[str, Any]:
     target = str(node.target)
     if node.op == "call_function":
@@ -201,6 +240,8 @@ def _name_operator(node: fx.Node) -> str:
         name = str(node.target)
         if name.split(".")[0] in _NAMESPACES:
             return name
+    if runs_graphs(node):
+        return f"higher_order.{node.target}"
     for name, function in _BUILTINS.items():
         if node.target is function:
             return f"operator.{name}"
@@ -211,6 +252,8 @@ def _find_operator(name: str) -> Any:
     space, *rest = name.split(".")
     if space == "operator":
         return _BUILTINS[rest[0]]
+    if space == "higher_order" and len(rest) == 1 and rest[0] in OPERATORS:
+        return find_operator(rest[0])
     if space not in _NAMESPACES or len(rest) != 2:
         raise KeyError(f"operator {name!r} is not one a graph may call")
     return getattr(getattr(getattr(torch.ops, space), rest[0]), rest[1])
