@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from jettison.graph.axes import ONE, Atom, Reason, Term, freeze, make_axis, unify
+from jettison.graph.subgraphs import Region, list_regions
 from jettison.graph.trace import find_attribute, hint, shape_of, source_line
 
 Dims = tuple[Term, ...]
@@ -94,30 +95,78 @@ class Walk:
         return tuple(reversed(out))
 
 
-def analyse(module: fx.GraphModule, rules: Mapping[Any, Rule], pointwise: Rule) -> Axes:
-    """Give every dimension in the graph its term; operators without a rule freeze what they touch."""
-    axes = Axes()
-    known: dict[int, Dims] = {}
+def analyse(
+    module: fx.GraphModule, rules: Mapping[Any, Rule], pointwise: Rule, free_outputs: Sequence[int] = ()
+) -> Axes:
+    """Give every dimension in the graph its term; operators without a rule freeze what they touch.
+
+    Of the outputs numbered in `free_outputs` only the batch is frozen, beside what their operators freeze.
+    """
+    whole = _Scope(module, "", Axes(), {}, rules, pointwise)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            axes.terms[node] = _fixed_dims(node, "an input of the network")
-        elif node.op == "get_attr":
-            axes.terms[node] = _tensor_dims(module, str(node.target), axes, known)
+            whole.axes.terms[node] = _fixed_dims(node, "an input of the network")
         elif node.op == "output":
-            _freeze_all(node, axes, Reason("an output of the network"))
+            _freeze_outputs(node, whole.axes, free_outputs)
         else:
-            axes.terms[node] = _apply_rule(node, axes, rules, pointwise)
-    return axes
+            _analyse_node(whole, node)
+    return whole.axes
 
 
-def _tensor_dims(module: fx.GraphModule, name: str, axes: Axes, known: dict[int, Dims]) -> Dims:
+@dataclass(frozen=True)
+class _Scope:
+    """A graph under analysis: the network's own, or a sub-graph whose attributes' paths begin with `prefix`."""
+
+    module: fx.GraphModule
+    prefix: str
+    axes: Axes
+    known: dict[int, Dims]
+    rules: Mapping[Any, Rule]
+    pointwise: Rule
+
+
+def _analyse_node(scope: _Scope, node: fx.Node) -> None:
+    axes = scope.axes
+    regions = list_regions(scope.module, node)
+    if node.op == "get_attr":
+        axes.terms[node] = _tensor_dims(scope, str(node.target))
+    elif not regions:
+        axes.terms[node] = _apply_rule(node, axes, scope.rules, scope.pointwise)
+    else:
+        outputs, *others = [_analyse_region(scope, region) for region in regions]
+        for other in others:  # whichever branch runs, what comes after it reads the same positions
+            for mine, theirs in zip(outputs, other, strict=True):
+                for a, b in zip(mine, theirs, strict=True):
+                    Walk(node, axes).same(a, b, "the two branches give different positions")
+        axes.terms[node] = outputs
+
+
+def _analyse_region(scope: _Scope, region: Region) -> tuple[Dims, ...]:
+    """Walk a sub-graph, whose placeholders are the node's operands; returns the terms of its outputs."""
+    inner = replace(scope, module=region.module, prefix=f"{scope.prefix}{region.name}.")
+    terms = scope.axes.terms
+    nodes = list(region.module.graph.nodes)
+    is_known = any(n in terms for n in nodes)  # run by another node too: one graph, so the same axes at each place
+    for placeholder, operand in zip(region.placeholders, region.operands, strict=True):
+        given = terms[operand] if isinstance(operand, fx.Node) else ()
+        for a, b in zip(terms.setdefault(placeholder, given), given, strict=True):
+            Walk(placeholder, scope.axes).same(a, b, "one sub-graph is run on different positions")
+    for node in nodes:
+        if node.op not in ("placeholder", "output") and not is_known:
+            _analyse_node(inner, node)
+    return tuple(terms[output] if isinstance(output, fx.Node) else () for output in region.outputs)
+
+
+def _tensor_dims(scope: _Scope, name: str) -> Dims:
     """Return the terms of a parameter or buffer: the same ones for every name it goes by."""
-    tensor = find_attribute(module, name)
+    tensor = find_attribute(scope.module, name)
     if not isinstance(tensor, Tensor):
         return ()  # a sub-graph
-    if name not in axes.tensors:
-        axes.tensors[name] = known.setdefault(id(tensor), tuple(make_axis(s) for s in tensor.shape))
-    return axes.tensors[name]
+    tensors = scope.axes.tensors
+    name = scope.prefix + name
+    if name not in tensors:
+        tensors[name] = scope.known.setdefault(id(tensor), tuple(make_axis(s) for s in tensor.shape))
+    return tensors[name]
 
 
 def _agrees(terms: Any, node: fx.Node) -> bool:
@@ -135,7 +184,7 @@ def _agrees(terms: Any, node: fx.Node) -> bool:
 
 def _apply_rule(node: fx.Node, axes: Axes, rules: Mapping[Any, Rule], pointwise: Rule) -> Any:
     packet = getattr(node.target, "overloadpacket", node.target)
-    rule = rules.get(packet)
+    rule = rules.get(packet) or rules.get(str(packet))
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         rule = pointwise
     terms = None
@@ -164,6 +213,12 @@ def _freeze_all(node: fx.Node, axes: Axes, reason: Reason) -> None:
         for dims in found if found and isinstance(found[0], tuple) else (found,):
             for term in dims:
                 freeze(term, reason)
+
+
+def _freeze_outputs(node: fx.Node, axes: Axes, free: Sequence[int]) -> None:
+    for number, output in enumerate(node.args[0]):  # type: ignore[arg-type]
+        for term in axes.terms.get(output, ())[: 1 if number in free else None]:
+            freeze(term, Reason("an output of the network"))
 
 
 def _opaque_output(node: fx.Node, reason: Reason) -> Any:

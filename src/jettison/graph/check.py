@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, fx
 from jettison.core.record import Check
 from jettison.graph.axes import Keeps, evaluate_mask, is_touched
 from jettison.graph.groups import Graph
+from jettison.graph.reductions import STATISTICS, normalise_batch, restrict
+from jettison.graph.subgraphs import choose_region, count_branch_levels, list_regions
 from jettison.graph.trace import Batch, evaluate_node, find_attribute
 
 MASKED_TOLERANCE = 1e-10
@@ -31,19 +34,40 @@ def check_masked(graph: Graph, pruned: fx.GraphModule, keeps: Keeps, inputs: Bat
     the caller's changes.
     """
     wide = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    with torch.no_grad():
-        masked = run_masked(graph, keeps, wide)
-        sliced = run_double(pruned, wide)
-        original = run_double(graph.module, wide)
-    scale = 1 + max(float(y.double().abs().max()) for y in original)
-    error = measure_difference(masked, sliced) / scale
-    effect = measure_difference(masked, original) / scale
+    error = effect = 0.0
+    # Inputs take one branch of a torch.cond; every way through the network must hold.
+    for ways in itertools.product((0, 1), repeat=count_branch_levels(graph.module)):
+        with torch.no_grad():
+            masked = run_masked(graph, keeps, wide, ways)
+            kept = _keep_outputs(graph, keeps, masked)
+            sliced = run_double(pruned, wide, ways)
+            original = run_double(graph.module, wide, ways)
+        scale = 1 + max(float(y.double().abs().max()) for y in original)
+        error = max(error, measure_difference(kept, sliced) / scale)
+        effect = max(effect, measure_difference(masked, original) / scale)
     touched = any(not bool(v.all()) for v in keeps.values())
     vacuous = touched and effect < VACUOUS
     detail = f"the kept outputs, float64; pruning changes the output by {effect:.2g}"
     if vacuous:
         detail += ", too little for this to prove anything"
     return Check("masked = sliced", error <= MASKED_TOLERANCE and not vacuous, error, MASKED_TOLERANCE, detail)
+
+
+def _keep_outputs(graph: Graph, keeps: Keeps, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Take the dropped positions out of the outputs whose channels are free."""
+    node = next(n for n in reversed(graph.module.graph.nodes) if n.op == "output")
+    terms = [graph.axes.terms[a] for a in node.args[0] if isinstance(a, fx.Node) and _is_tensor(a)]
+    kept = list(outputs)
+    for number, (value, dims) in enumerate(zip(outputs, terms, strict=True)):
+        for dim, term in enumerate(dims):
+            if is_touched(term, keeps):
+                value = value.index_select(dim, evaluate_mask(term, keeps).nonzero().flatten().to(value.device))
+        kept[number] = value
+    return tuple(kept)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def measure_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> float:
@@ -57,23 +81,34 @@ def measure_difference(some: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> 
     return worst
 
 
-def run_masked(graph: Graph, keeps: Keeps, inputs: Batch) -> tuple[Tensor, ...]:
-    """Run the original graph in float64 with every node's output multiplied by the keep-mask of its terms."""
+def run_masked(graph: Graph, keeps: Keeps, inputs: Batch, ways: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """Run the original graph in float64 with every node's output multiplied by the keep-mask of its terms.
+
+    `ways` says which branch to take at each level of nested branches, 0 the true one; without it, conditions decide.
+    """
 
     def step(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        return _mask(_evaluate(node, values, graph, keeps), graph.axes.terms.get(node, ()), keeps)
+        # Weights and buffers too: a network may multiply one by another. And a recurrent unit's state cannot be masked
+        # from outside between two steps; with its rows and columns of every weight at zero it needs no mask: its gates
+        # are then sigmoid(0) and tanh(0) = 0, so a state that starts at zero stays there, exactly, for LSTM
+        # (c = f c + i 0), GRU (h = (1 - z) 0 + z h) and plain RNN (h = tanh(0) or relu(0)).
+        value = values[node] if node.op == "get_attr" else _evaluate(node, values, graph, keeps)
+        return _mask(value, graph.axes.terms.get(node, ()), keeps)
 
-    return _run(graph.module, inputs, step)
+    return tuple(v for v in _run(graph.module, inputs, step, ways) if isinstance(v, Tensor))
 
 
-def run_double(module: fx.GraphModule, inputs: Batch) -> tuple[Tensor, ...]:
-    """Run a flat graph with its weights read as float64; returns the tensors among its outputs."""
-    return _run(module, inputs, _evaluate_wide)
+def run_double(module: fx.GraphModule, inputs: Batch, ways: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """Run a flat graph with its weights read as float64; returns the tensors among its outputs; `ways` as above."""
+    return tuple(v for v in _run(module, inputs, _evaluate_wide, ways) if isinstance(v, Tensor))
 
 
 def _run(
-    module: fx.GraphModule, inputs: Batch, step: Callable[[fx.Node, Mapping[fx.Node, Any]], Any]
-) -> tuple[Tensor, ...]:
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    step: Callable[[fx.Node, Mapping[fx.Node, Any]], Any],
+    ways: Sequence[int] | None,
+) -> tuple[Any, ...]:
     values: dict[fx.Node, Any] = {}
     feed = iter(inputs)
     for node in module.graph.nodes:
@@ -81,8 +116,16 @@ def _run(
             values[node] = next(feed)
         elif node.op == "get_attr":
             values[node] = _widen(find_attribute(module, str(node.target)))
+            values[node] = step(node, values)
         elif node.op == "output":
-            return tuple(v for v in evaluate_node(node, values) if isinstance(v, Tensor))
+            found = evaluate_node(node, values)
+            return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        elif regions := list_regions(module, node):
+            # Autocast leaves float64 alone, so its regions need no context here.
+            is_branch = len(regions) > 1
+            region = regions[ways[0]] if is_branch and ways else choose_region(node, regions, values)
+            operands = [values[o] if isinstance(o, fx.Node) else o for o in region.operands]
+            values[node] = _run(region.module, operands, step, ways[1:] if is_branch and ways else ways)
         else:
             values[node] = step(node, values)
     raise AssertionError("a graph without an output node")
@@ -114,6 +157,11 @@ def _evaluate(node: fx.Node, values: Mapping[fx.Node, Any], graph: Graph, keeps:
     restricted = _RESTRICTED.get(packet)
     if restricted is not None:
         return restricted(_bind(node, values), graph.axes.terms[node], keeps)
+    if packet in STATISTICS:
+        source = node.all_input_nodes[0]
+        return _evaluate_wide(node, restrict(source, node, values, graph.axes.terms[source], keeps))
+    if packet == aten.batch_norm and _bind(node, values)[5]:
+        return normalise_batch(_bind(node, values), graph.axes.terms[node], keeps)
     return _evaluate_wide(node, values)
 
 
@@ -125,8 +173,17 @@ def _evaluate_wide(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
             return values[value]
         return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
-    assert callable(node.target)
-    return node.target(*fx.node.map_aggregate(node.args, widen), **fx.node.map_aggregate(node.kwargs, widen))
+    if node.op == "get_attr":
+        return values[node]
+    # Masks and another type leave other strides behind than those a view was traced with.
+    target = aten.reshape.default if node.target in _VIEWS else node.target
+    assert callable(target)
+    value = target(*fx.node.map_aggregate(node.args, widen), **fx.node.map_aggregate(node.kwargs, widen))
+    # Tensors made inside forward have torch's default type where the network names none.
+    return tuple(map(_widen, value)) if isinstance(value, (tuple, list)) else _widen(value)
+
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 def _bind(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[Any, ...]:

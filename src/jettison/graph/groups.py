@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from jettison.graph.analyse import Axes, analyse
 from jettison.graph.axes import Atom, iterate_atoms
 from jettison.graph.draw import draw_graph
 from jettison.graph.rules import RULES, elementwise
+from jettison.graph.subgraphs import walk_nodes
 from jettison.graph.trace import Traced, find_attribute, get_tensor, trace_module
 
 
@@ -30,7 +32,7 @@ class Member:
 class Group:
     """Positions that live or die one by one: `size` of them, and all that must be sliced when one goes.
 
-    `exact` is False where a normalisation takes its statistics over this axis, so that removing a position
+    `exact` is False where a normalisation or a mean takes its statistics over this axis, so that removing a position
     changes what the others become.
     """
 
@@ -97,22 +99,40 @@ class Graph:
         return draw_graph(self)
 
 
-def trace(model: nn.Module, inputs: Any, kwinputs: Mapping[str, Any] | None = None) -> Graph:
+def trace(
+    model: nn.Module,
+    inputs: Any,
+    kwinputs: Mapping[str, Any] | None = None,
+    *,
+    free_outputs: bool | Sequence[int] = False,
+) -> Graph:
     """Return the graph of `model` with its prune groups; the model is not changed.
 
     `inputs` is a tensor or a tuple of tensors as the network is called, or a dict of its keyword inputs; `kwinputs`
-    are keyword inputs beside positional ones. Raises ShapeError, NonFiniteError or TraceError (see
-    `jettison.core.errors`).
+    are keyword inputs beside positional ones. `free_outputs` (all, or those of these numbers) may lose channels, as a
+    feature extractor's can where what reads them is made anew; batch and space stay. Raises ShapeError,
+    NonFiniteError or TraceError (see `jettison.core.errors`), InputError for an output that is none.
     """
     if isinstance(inputs, Mapping):
-        return build_graph(trace_module(model, (), {**inputs, **(kwinputs or {})}))
-    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-    return build_graph(trace_module(model, args, kwinputs))
+        traced = trace_module(model, (), {**inputs, **(kwinputs or {})})
+    else:
+        args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+        traced = trace_module(model, args, kwinputs)
+    return build_graph(dataclasses.replace(traced, free_outputs=_number_outputs(traced, free_outputs)))
+
+
+def _number_outputs(traced: Traced, free: bool | Sequence[int]) -> tuple[int, ...]:
+    count = traced.out_spec.num_leaves
+    if isinstance(free, bool):
+        return tuple(range(count)) if free else ()
+    if isinstance(free, (str, int)) or any(isinstance(i, bool) or not 0 <= i < count for i in free):
+        raise InputError(f"free_outputs={free!r} must be True or numbers of outputs: there are {count}, from 0.")
+    return tuple(free)
 
 
 def build_graph(traced: Traced) -> Graph:
     """Analyse a traced network and collect its groups."""
-    axes = analyse(traced.module, RULES, elementwise)
+    axes = analyse(traced.module, RULES, elementwise, traced.free_outputs)
     members: dict[Atom, list[Member]] = {}
     frozen: dict[tuple[str, str], FrozenPart] = {}
     for tensor in _tensors_in_order(traced.module):
@@ -131,9 +151,9 @@ def build_graph(traced: Traced) -> Graph:
 def _tensors_in_order(module: fx.GraphModule) -> list[str]:
     """Name the parameters and float buffers in the order their layers run."""
     names: list[str] = []
-    for node in module.graph.nodes:
+    for prefix, node in walk_nodes(module):
         if node.op == "call_function":
-            names += [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+            names += [f"{prefix}{n.target}" for n in node.all_input_nodes if n.op == "get_attr"]
     found = {name: find_attribute(module, name) for name in dict.fromkeys(names)}
     first: dict[int, str] = {}  # a tied tensor goes by the name it is met with first
     for name, tensor in found.items():
@@ -145,7 +165,7 @@ def _tensors_in_order(module: fx.GraphModule) -> list[str]:
 def _make_group(module: fx.GraphModule, atom: Atom, members: list[Member]) -> Group:
     producer = next((m for m in members if m.dim == 0 and get_tensor(module, m.tensor).dim() > 1), members[0])
     name = producer.tensor.rpartition(".")[0] or producer.tensor
-    return Group(name, atom.size, tuple(members), "normalised" not in atom.flags, atom)
+    return Group(name, atom.size, tuple(members), not atom.flags & {"normalised", "reduced"}, atom)
 
 
 def _unique_names(groups: list[Group]) -> tuple[Group, ...]:

@@ -79,6 +79,43 @@ def slice_dimension(walk: Walk) -> Dims:
     return tuple(out)
 
 
+def slice_scatter(walk: Walk) -> Dims | None:
+    """A run of positions is written over: the source is the middle of three parts."""
+    x, source = walk.dims(walk.args[0]), walk.dims(walk.args[1])
+    dim = resolve_dim(walk.arg(2, "dim", 0), len(x))
+    start, step = walk.arg(3, "start", 0) or 0, walk.arg(5, "step", 1)
+    size, count = x[dim].size, source[dim].size
+    for i, (mine, theirs) in enumerate(zip(x, source, strict=True)):
+        if i != dim or count == size:
+            walk.same(mine, theirs)
+    if count == size:
+        return x
+    if step != 1 or not isinstance(start, int):
+        walk.fix(x[dim], source[dim], because="written with a stride")
+        return x
+    start = min(start + size if start < 0 else start, size)
+    sides = [make_axis(n) if n else None for n in (start, size - start - count)]
+    walk.same(x[dim], Cat(tuple(t for t in (sides[0], source[dim], sides[1]) if t is not None)))
+    return x
+
+
+def select_scatter(walk: Walk) -> Dims:
+    """One position, named by number, is written over: its dimension stays whole."""
+    x, source = walk.dims(walk.args[0]), walk.dims(walk.args[1])
+    dim = resolve_dim(walk.arg(2, "dim"), len(x))
+    walk.fix(x[dim], because="one position is picked by number")
+    for mine, theirs in zip((*x[:dim], *x[dim + 1 :]), source, strict=True):
+        walk.same(mine, theirs)
+    return x
+
+
+def overwrite(walk: Walk) -> Dims:
+    """Copy: the target's dimensions, filled from a source that may be broadcast."""
+    x, source = walk.dims(walk.args[0]), walk.dims(walk.args[1])
+    walk.broadcast([x, source])
+    return x
+
+
 def select(walk: Walk) -> Dims:
     """One position is picked by number, so its dimension stays whole."""
     x = walk.dims(walk.args[0])
@@ -87,10 +124,43 @@ def select(walk: Walk) -> Dims:
     return (*x[:dim], *x[dim + 1 :])
 
 
-def reshape(walk: Walk) -> Dims | None:
-    """view, reshape, flatten, unflatten: the same positions under other dimensions."""
-    regrouped = regroup(walk.dims(walk.args[0]), walk.shape)
-    return None if regrouped is None else tuple(regrouped)
+def reshape(walk: Walk) -> Dims:
+    """Reshape, view, flatten, unflatten: the same positions under other dimensions.
+
+    The dimensions are compared stretch by stretch, between places where both sides have passed equally many positions:
+    where one stretch has no common refinement (space cut once into sevens, once into pairs) it alone stays whole.
+    """
+    out: list[Term] = []
+    for terms, sizes in _match_stretches(walk.dims(walk.args[0]), walk.shape):
+        regrouped = regroup(terms, sizes)
+        if regrouped is None:
+            text = "cut in two ways that have no common refinement"
+            walk.fix(*terms, because=text)
+            regrouped = [walk.fixed(s, text) for s in sizes]
+        out += regrouped
+    return tuple(out)
+
+
+def _match_stretches(x: Dims, shape: tuple[int, ...]) -> list[tuple[Dims, tuple[int, ...]]]:
+    """Pair the shortest runs of dimensions on both sides that hold equally many positions."""
+    if 0 in shape:
+        return [(x, shape)]
+    stretches = []
+    i = j = 0
+    while i < len(x) or j < len(shape):
+        first, begin = i, j
+        have, want = 1, 1
+        while True:
+            if have <= want and i < len(x) and (have < want or i == first):
+                have *= x[i].size
+                i += 1
+            elif j < len(shape) and (want < have or j == begin):
+                want *= shape[j]
+                j += 1
+            else:
+                break
+        stretches.append((x[first:i], shape[begin:j]))
+    return stretches
 
 
 def permute(walk: Walk) -> Dims:
@@ -193,18 +263,17 @@ def expand_as(walk: Walk) -> Dims:
     return walk.broadcast([x, other])
 
 
-def reshape_as(walk: Walk) -> Dims | None:
+def reshape_as(walk: Walk) -> Dims:
     """The same positions under the dimensions of another tensor."""
     regrouped = reshape(walk)
-    if regrouped is not None:
-        for mine, theirs in zip(regrouped, walk.dims(walk.args[1]), strict=True):
-            walk.same(mine, theirs)
+    for mine, theirs in zip(regrouped, walk.dims(walk.args[1]), strict=True):
+        walk.same(mine, theirs)
     return regrouped
 
 
 def repeat(walk: Walk) -> Dims:
     """Whole copies one after the other: the copy runs slowest."""
-    counts = [int(c) for c in walk.args[1]]
+    counts = [c if isinstance(c, int) else hint(c.meta["val"]) for c in walk.args[1]]
     x = (ONE,) * (len(counts) - len(walk.dims(walk.args[0]))) + walk.dims(walk.args[0])
     counts = [1] * (len(x) - len(counts)) + counts
     return tuple(Prod((walk.fixed(c, "copies"), t)) for c, t in zip(counts, x, strict=True))
@@ -240,6 +309,24 @@ def look_up(walk: Walk) -> Dims | None:
     walk.fix(*(x[i] for i in at), because="looked up by number")
     found = walk.broadcast([walk.dims(n) for n in looked])
     return (*x[: at[0]], *found, *x[at[-1] + 1 :])
+
+
+def put(walk: Walk) -> Dims | None:
+    """x[numbers] = values: the dimensions looked into stay whole, those behind them are the values' own."""
+    x, numbers = walk.dims(walk.args[0]), list(walk.args[1])
+    if any(n is None for n in numbers):
+        return None
+    for number in numbers:  # a removed number would be a place that is not written
+        walk.fix(*walk.dims(number), because="looked up by number")
+    masks = [n for n in numbers if n.meta["val"].dtype in (torch.bool, torch.uint8)]
+    looked = sum(len(walk.dims(n)) if n in masks else 1 for n in numbers)
+    walk.fix(*x[:looked], because="looked up by number")
+    values = walk.dims(walk.args[2])
+    behind = x[looked:]
+    walk.fix(*values[: max(0, len(values) - len(behind))], because="looked up by number")
+    if behind and values:
+        walk.broadcast([behind, values[-len(behind) :]])
+    return x
 
 
 def resolve_dim(dim: int, rank: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -15,7 +16,8 @@ from jettison.graph.analyse import Axes, Dims, iterate_dims
 from jettison.graph.axes import Cat, Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
 from jettison.graph.groups import Graph, build_graph
 from jettison.graph.rules import resolve_dim
-from jettison.graph.trace import Traced, find_attribute, get_tensor, shape_of
+from jettison.graph.subgraphs import iterate_nodes
+from jettison.graph.trace import find_attribute, get_tensor, shape_of
 
 aten = torch.ops.aten
 
@@ -26,14 +28,21 @@ def slice_graph(graph: Graph, keeps: Keeps) -> fx.GraphModule:
     Node names stay, so that a node can be compared with its original. Shapes in the nodes' metadata are the
     original's; `refresh` recomputes them.
     """
-    owner = _slice_tensors(graph, keeps)
+    return _slice_module(graph.module, "", graph.axes, keeps, {})
+
+
+def _slice_module(
+    module: fx.GraphModule, prefix: str, axes: Axes, keeps: Keeps, made: dict[int, Tensor]
+) -> fx.GraphModule:
+    """Slice one graph: the network's own, or a sub-graph whose tensors' names begin with `prefix`."""
+    owner = _slice_tensors(module, prefix, axes, keeps, made)
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.module.graph.nodes:
+    for node in module.graph.nodes:
         copy = new.node_copy(node, lambda n: copies[n])
         copies[node] = copy
         if node.op == "call_function":
-            _rewrite_node(node, copy, graph.axes, keeps)
+            _rewrite_node(node, copy, axes, keeps)
     return fx.GraphModule(owner, new, class_name="Pruned")
 
 
@@ -48,16 +57,13 @@ def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
             own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if _is_parameter(tensor) else copied
         _assign(module, name, own[id(tensor)])
     refresh(module, graph, keeps)
-    traced = graph.traced
-    return build_graph(
-        Traced(module, traced.in_spec, traced.out_spec, traced.example, traced.dynamic_batch, traced.input_names)
-    )
+    return build_graph(dataclasses.replace(graph.traced, module=module))
 
 
 def refresh(module: fx.GraphModule, graph: Graph, keeps: Keeps) -> None:
     """Put the sizes that slicing gave into the metadata of every node; a free batch stays free."""
-    originals = {n.name: n for n in graph.module.graph.nodes}
-    for node in module.graph.nodes:
+    originals = {n.name: n for n in iterate_nodes(graph.module)}
+    for node in iterate_nodes(module):
         original = originals.get(node.name)
         if original is not None and "val" in original.meta:
             node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps)
@@ -85,21 +91,21 @@ def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:
     return evaluate_mask(term, keeps).nonzero().flatten()
 
 
-def _slice_tensors(graph: Graph, keeps: Keeps) -> nn.Module:
-    """Build a bare module tree that holds the sliced parameters and buffers under their old names."""
+def _slice_tensors(module: fx.GraphModule, prefix: str, axes: Axes, keeps: Keeps, made: dict[int, Tensor]) -> nn.Module:
+    """Build a bare module tree that holds the sliced parameters, buffers and sub-graphs under their old names."""
     root = nn.Module()
-    made: dict[int, Tensor] = {}
-    named = {str(n.target) for n in graph.module.graph.nodes if n.op == "get_attr"}
+    named = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for name in sorted(named):
-        tensor = find_attribute(graph.module, name)
+        tensor = find_attribute(module, name)
         if not isinstance(tensor, Tensor):
-            root.add_module(name, tensor)  # a sub-graph: everything it touches is frozen
+            # In a sub-graph of an opaque operator everything is frozen, so that slicing leaves it as it is.
+            root.add_module(name, _slice_module(tensor, f"{prefix}{name}.", axes, keeps, made))
             continue
-        for dim, term in enumerate(graph.axes.tensors[name]):
+        for dim, term in enumerate(axes.tensors.get(prefix + name, ())):
             if is_touched(term, keeps):
                 index = evaluate_mask(term, keeps).nonzero().flatten().to(tensor.device)
                 tensor = tensor.detach().index_select(dim, index)
-        old = get_tensor(graph.module, name)
+        old = get_tensor(module, name)
         if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
         _assign(root, name, made.setdefault(id(old), tensor))  # tied tensors stay tied
@@ -222,6 +228,31 @@ def _fix_slice(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     _set(copy, 3, "end", before + count_kept(out, keeps))
 
 
+def _fix_scatter(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    assert isinstance(node.args[1], fx.Node)
+    target, source = axes.terms[node], axes.terms[node.args[1]]
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    start = node.args[3] if len(node.args) > 3 else node.kwargs.get("start", 0)
+    assert isinstance(dim, int)
+    dim = resolve_dim(dim, len(target))
+    if not is_touched(target[dim], keeps):
+        return
+    start = start if isinstance(start, int) else 0
+    start = start if start >= 0 else start + target[dim].size
+    before = int(evaluate_mask(target[dim], keeps)[:start].sum())
+    _set(copy, 3, "start", before)
+    _set(copy, 4, "end", before + count_kept(source[dim], keeps))
+
+
+def _fix_narrow(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
+    assert isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int) and isinstance(node.args[2], int)
+    source: Dims = axes.terms[node.args[0]]
+    dim = resolve_dim(node.args[1], len(source))
+    start = node.args[2] if node.args[2] >= 0 else node.args[2] + source[dim].size
+    copy.update_arg(2, int(evaluate_mask(source[dim], keeps)[:start].sum()))
+    copy.update_arg(3, count_kept(axes.terms[node][dim], keeps))
+
+
 def _fix_squeeze(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     """An axis pruned down to one position is not to vanish with those that always had one."""
     assert isinstance(node.args[0], fx.Node)
@@ -270,10 +301,21 @@ _FIXES: dict[Any, Fix] = {
     aten.reshape: _fix_sizes(1),
     aten.unflatten: _fix_sizes(2),
     aten.expand: _fix_sizes(1),
+    aten.zeros: _fix_sizes(0),
+    aten.ones: _fix_sizes(0),
+    aten.full: _fix_sizes(0),
+    aten.empty: _fix_sizes(0),
+    aten.new_zeros: _fix_sizes(1),
+    aten.new_ones: _fix_sizes(1),
+    aten.new_full: _fix_sizes(1),
+    aten.new_empty: _fix_sizes(1),
     aten.split: _fix_split,
     aten.split_with_sizes: _fix_split,
     aten.chunk: _fix_split,
+    aten.tensor_split: _fix_split,
     aten.slice: _fix_slice,
+    aten.narrow: _fix_narrow,
+    aten.slice_scatter: _fix_scatter,
     aten.squeeze: _fix_squeeze,
     aten.layer_norm: _fix_layer_norm,
     aten.rms_norm: _fix_layer_norm,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from jettison.graph.analyse import Dims, Rule, Walk
-from jettison.graph.axes import ONE, Cat, Prod, Term, flag, make_axis
+from jettison.graph.axes import Cat, Prod, Term, flag, make_axis
 from jettison.graph.movement import (
     channel_shuffle,
     concatenate,
@@ -22,17 +22,21 @@ from jettison.graph.movement import (
     expand_as,
     get_item,
     look_up,
+    overwrite,
     pad,
     permute,
     pixel_shuffle,
     pixel_unshuffle,
+    put,
     repeat,
     repeat_interleave,
     reshape,
     reshape_as,
     resolve_dim,
     select,
+    select_scatter,
     slice_dimension,
+    slice_scatter,
     split,
     squeeze,
     stack,
@@ -42,13 +46,33 @@ from jettison.graph.movement import (
     unbind,
     unsqueeze,
 )
+from jettison.graph.recurrent import recurrence, recurrent_step
+from jettison.graph.reductions import reduce_dimensions
+from jettison.graph.selection import (
+    columns_of_patches,
+    deformed_convolution,
+    differences,
+    gather,
+    index_select,
+    list_positions,
+    move_dimensions,
+    narrow,
+    patches_of_columns,
+    pick_by_value,
+    pick_number,
+    pool_regions,
+    run_along,
+    slide,
+)
 from jettison.graph.trace import hint, shape_of
 
 aten = torch.ops.aten
 
 
-def elementwise(walk: Walk) -> Dims:
+def elementwise(walk: Walk) -> Any:
     """Broadcast all tensor operands from the right."""
+    if not isinstance(walk.node.meta["val"], Tensor):
+        return list_positions(walk)  # `where` with a condition alone
     operands = [n for n in walk.node.all_input_nodes if shape_of(n) is not None]
     return walk.broadcast([walk.dims(n) for n in operands])
 
@@ -120,7 +144,8 @@ def batch_norm(walk: Walk) -> Dims:
     """Weight, bias and running statistics lie along the channels; statistics of the batch keep all else whole."""
     x = walk.dims(walk.args[0])
     if walk.arg(5, "training", False):
-        walk.fix(x[0], *x[2:], because="normalised over")
+        for term in (x[0], *x[2:]):
+            flag(term, "normalised")
     for argument in walk.args[1:5]:
         if isinstance(argument, fx.Node):
             walk.same(walk.dims(argument)[0], x[1])
@@ -202,23 +227,6 @@ def attention(walk: Walk) -> Dims | None:
     return (*lead, q[-2], v[-1])
 
 
-def reduce_dimensions(walk: Walk) -> Dims | None:
-    """mean, sum, amax ...: what is averaged over must stay whole."""
-    x = walk.dims(walk.args[0])
-    named = walk.arg(1, "dim")
-    if walk.node.target == aten.linalg_vector_norm.default:
-        named = walk.arg(2, "dim")
-    if named is None or isinstance(named, bool) or named == []:
-        dims = list(range(len(x)))
-    else:
-        dims = [named] if isinstance(named, int) else list(named)
-    gone = {resolve_dim(d, len(x)) for d in dims}
-    walk.fix(*(x[d] for d in gone), because="reduced over")
-    if len(walk.shape) == len(x):
-        return tuple(ONE if i in gone else t for i, t in enumerate(x))
-    return tuple(t for i, t in enumerate(x) if i not in gone)
-
-
 def softmax(walk: Walk) -> Dims:
     """What a softmax runs over must stay whole."""
     x = walk.dims(walk.args[0])
@@ -293,8 +301,13 @@ def prelu(walk: Walk) -> Dims:
     return x
 
 
+def constant(walk: Walk) -> Dims:
+    """One number everywhere: no position differs from another, so each dimension is an axis whose size is rewritten."""
+    return tuple(make_axis(s) for s in walk.shape)
+
+
 def fresh(walk: Walk) -> Dims:
-    """A tensor made from sizes alone: every size stays as written."""
+    """A tensor of numbers that tell positions apart: every size stays as written."""
     return tuple(walk.fixed(s, "made with this size") for s in walk.shape)
 
 
@@ -302,7 +315,7 @@ def _table() -> dict[Any, Rule]:
     rows: list[tuple[Rule, str]] = [
         (convolution, "conv1d conv2d conv3d"),
         (transposed_convolution, "conv_transpose1d conv_transpose2d conv_transpose3d"),
-        (elementwise, "hardswish log_sigmoid masked_fill where rsub floor_divide"),
+        (elementwise, "hardswish log_sigmoid masked_fill where rsub floor_divide __and__ __or__ __xor__"),
         (linear, "linear"),
         (batch_norm, "batch_norm"),
         (layer_norm, "layer_norm rms_norm"),
@@ -316,9 +329,12 @@ def _table() -> dict[Any, Rule]:
         (attention, "scaled_dot_product_attention"),
         (concatenate, "cat concat"),
         (stack, "stack"),
-        (split, "split split_with_sizes chunk"),
+        (split, "split split_with_sizes chunk tensor_split"),
         (unbind, "unbind"),
         (slice_dimension, "slice"),
+        (slice_scatter, "slice_scatter"),
+        (select_scatter, "select_scatter"),
+        (overwrite, "copy"),
         (select, "select"),
         (reshape, "view reshape flatten unflatten _unsafe_view"),
         (permute, "permute"),
@@ -327,7 +343,8 @@ def _table() -> dict[Any, Rule]:
         (unsqueeze, "unsqueeze"),
         (squeeze, "squeeze"),
         (expand, "expand"),
-        (reduce_dimensions, "mean sum amax amin std var linalg_vector_norm"),
+        (reduce_dimensions, "mean sum amax amin std var std_mean var_mean linalg_vector_norm"),
+        (reduce_dimensions, "prod logsumexp all any"),
         (softmax, "softmax log_softmax"),
         (keep_channels(1), "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d upsample_nearest1d"),
         (keep_channels(1), "upsample_linear1d reflection_pad1d replication_pad1d"),
@@ -345,15 +362,34 @@ def _table() -> dict[Any, Rule]:
         (repeat_interleave, "repeat_interleave"),
         (turn, "roll flip"),
         (look_up, "index"),
+        (put, "index_put"),
+        (index_select, "index_select"),
+        (gather, "gather"),
+        (list_positions, "nonzero nonzero_numpy"),
+        (run_along, "cumsum cumprod logcumsumexp"),
+        (differences, "diff"),
+        (pick_by_value, "sort topk max min median mode kthvalue"),
+        (pick_number, "argmax argmin"),
+        (slide, "unfold"),
+        (columns_of_patches, "im2col"),
+        (patches_of_columns, "col2im"),
+        (narrow, "narrow"),
+        (move_dimensions, "movedim moveaxis"),
         (embedding, "embedding"),
         (prelu, "prelu"),
         (unchanged, "dropout feature_dropout alpha_dropout clone contiguous detach alias to _to_copy lift_fresh_copy"),
         (unchanged, "hardtanh relu6 type_as zeros_like ones_like full_like empty_like"),
         (check_only, "_assert_tensor_metadata"),
-        (fresh, "arange full zeros ones empty scalar_tensor"),
+        (constant, "full zeros ones empty new_full new_zeros new_ones new_empty"),
+        (fresh, "arange scalar_tensor"),
+        (recurrence, "lstm gru rnn_tanh rnn_relu"),
+        (recurrent_step, "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
     ]
     table: dict[Any, Rule] = {getattr(aten, name): rule for rule, names in rows for name in names.split()}
     table[operator.getitem] = get_item
+    # By name: these operators exist only where torchvision has been imported.
+    table |= {"torchvision.roi_align": pool_regions, "torchvision.roi_pool": pool_regions}
+    table["torchvision.deform_conv2d"] = deformed_convolution
     return table
 
 

@@ -8,7 +8,7 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,22 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
+from jettison.graph.caches import forget_caches
+from jettison.graph.subgraphs import (
+    Context,
+    choose_region,
+    iterate_nodes,
+    iterate_regions,
+    list_regions,
+    name_apart,
+)
 
 Batch = tuple[Tensor, ...]
 """The flat tensor inputs of the network, in the order of the graph's placeholders."""
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+_BATCH_NORM_OF_WEIGHT = torch.ops.aten._native_batch_norm_legit.no_stats
+"""What a standardised weight becomes: a norm in training mode, without running statistics."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,7 @@ class Traced:
 
     `module` takes the flat inputs and returns a tuple of tensors; its parameters and buffers keep their
     names. `in_spec` and `out_spec` are the caller's nesting. `example` are the flat inputs it was traced with.
+    Of the outputs in `free_outputs` (their numbers) the channels may be pruned.
     """
 
     module: fx.GraphModule
@@ -39,6 +51,7 @@ class Traced:
     example: Batch
     dynamic_batch: bool
     input_names: tuple[str, ...]
+    free_outputs: tuple[int, ...] = ()
 
 
 def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str, Any] | None = None) -> Traced:
@@ -52,8 +65,9 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
     _check_state(model)
     with _eval_mode(model), _same_buffers(model), _quiet_export(), torch.no_grad():
         _try_forward(model, args, kwargs)
-        program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
-        if any(_mutates(node) for node in program.graph.nodes):
+        with forget_caches(model, args, kwargs):
+            program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
+        if any(_mutates(node) for node in iterate_nodes(program.graph_module)):
             program = program.run_decompositions({})
         module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
@@ -87,11 +101,19 @@ def nest(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.Tree
     return fx.GraphModule(module, graph)
 
 
+UNKNOWN_SIZE = 1_000_003
+"""Stands for a size that depends on values (how many boxes are left): a number that no other dimension has."""
+
+
 def hint(size: Any) -> int:
     """Return a dimension's size as an int; a free batch gives the size it was traced with."""
     if isinstance(size, int):
         return size
-    return int(size.node.hint)
+    found = size.node.hint
+    if found is None:
+        symbols = sorted(size.node.expr.free_symbols, key=str)
+        found = size.node.expr.subs({s: UNKNOWN_SIZE + 2 * i for i, s in enumerate(symbols)})
+    return int(found)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...] | None:
@@ -138,11 +160,19 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, value)
 
 
-def run_nodes(module: fx.GraphModule, inputs: Batch) -> Iterator[tuple[fx.Node, Any, dict[fx.Node, Any]]]:
+Steps = Generator[tuple[fx.Node, Any, dict[fx.Node, Any]], None, Any]
+
+
+def run_nodes(module: fx.GraphModule, inputs: Batch) -> Steps:
     """Run the graph node by node; yields each call or output node with its value and the values still alive.
 
-    A caller may replace `values[node]` before the next step, to see what follows from another value.
+    A caller may replace `values[node]` before the next step, to see what follows from another value. Nodes of a
+    sub-graph that runs (of `torch.cond`, say) come before the node that runs it, with values of their own.
     """
+    return _run_graph(module, inputs, contextlib.nullcontext, is_whole=True)
+
+
+def _run_graph(module: fx.GraphModule, inputs: Sequence[Any], context: Context, *, is_whole: bool) -> Steps:
     values: dict[fx.Node, Any] = {}
     last_use: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -154,12 +184,32 @@ def run_nodes(module: fx.GraphModule, inputs: Batch) -> Iterator[tuple[fx.Node, 
             values[node] = next(feed)
         elif node.op == "get_attr":
             values[node] = find_attribute(module, str(node.target))
+        elif regions := list_regions(module, node):
+            region = choose_region(node, regions, values)
+            operands = [values[o] if isinstance(o, fx.Node) else o for o in region.operands]
+            # The caller's own work between two steps is not to run under the region's autocast.
+            nested = _nest_contexts(context, region.context)
+            values[node] = yield from _run_graph(region.module, operands, nested, is_whole=False)
+            yield node, values[node], values
         else:
-            values[node] = evaluate_node(node, values)
+            with context():
+                values[node] = evaluate_node(node, values)
+            if node.op == "output" and not is_whole:
+                return tuple(values[node]) if isinstance(values[node], (tuple, list)) else (values[node],)
             yield node, values[node], values
         for argument in node.all_input_nodes:
             if last_use[argument] is node:
                 values.pop(argument, None)
+    return None
+
+
+def _nest_contexts(outer: Context, inner: Context) -> Context:
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with outer(), inner():
+            yield
+
+    return both
 
 
 def evaluate_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -195,12 +245,17 @@ def _try_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     except Exception as error:
         where = _user_frame(error)
         raise ShapeError(
-            f"The network does not take inputs of shape {shapes}: {str(error).splitlines()[0]}"
+            f"The network does not take inputs of shape {shapes}: {_first_line(error)}"
             f"{f' (at {where})' if where else ''}. Give inputs as you would call the network."
         ) from error
     for value in pytree.tree_leaves(output):
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise NonFiniteError("The network's own output holds NaN or infinity on the given inputs.")
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of what an exception says; an assertion may say nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _user_frame(error: BaseException) -> str:
@@ -233,7 +288,7 @@ def _export(
     except Exception as error:
         where = _user_frame(error)
         raise TraceError(
-            f"torch.export cannot follow the network: {str(error).strip().splitlines()[0]}"
+            f"torch.export cannot follow the network: {_first_line(error)}"
             f"{f' (at {where})' if where else ''}. Control flow that depends on tensor values must become "
             "torch.where or torch.cond; `torch.export.export(model, inputs, strict=False)` shows the whole story."
         ) from error
@@ -273,21 +328,37 @@ def _inputs(program: torch.export.ExportedProgram) -> set[str]:
 
 def _mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
+    if node.target is torch.ops.aten.detach_.default:
+        return False  # made for constants of a sub-graph; `_plain_graph` writes it as detach
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def _flatten(module: fx.GraphModule) -> None:
     """Give the graph plain inputs and outputs, BatchNorm back its one-output form, and make constants buffers."""
+    module.graph.set_codegen(fx.graph.CodeGen())
+    for graph_module in (*(r.module for r in iterate_regions(module)), module):
+        _plain_graph(graph_module)
+    name_apart(module)
+    # torch.export's own check of the nesting: flat inputs would not pass it.
+    module._forward_pre_hooks.clear()
+
+
+def _plain_graph(module: fx.GraphModule) -> None:
     graph = module.graph
     for node in graph.nodes:
         if node.op == "get_attr":
             _register(module, str(node.target))
-    graph.set_codegen(fx.graph.CodeGen())
     for node in list(graph.nodes):
-        if node.target is _BATCH_NORM:
-            x, weight, bias, mean, var, momentum, eps = node.args
-            with graph.inserting_before(node):
+        if node.target is torch.ops.aten.detach_.default:
+            node.target = torch.ops.aten.detach.default
+        if node.target in (_BATCH_NORM, _BATCH_NORM_OF_WEIGHT):
+            if node.target is _BATCH_NORM:
+                x, weight, bias, mean, var, momentum, eps = node.args
                 args = (x, weight, bias, mean, var, False, momentum, eps, False)
+            else:
+                x, weight, bias, training, momentum, eps = node.args
+                args = (x, weight, bias, None, None, training, momentum, eps, False)
+            with graph.inserting_before(node):
                 whole = graph.call_function(torch.ops.aten.batch_norm.default, args)
             whole.meta = {**node.meta, "val": node.meta["val"][0]}
             for user in list(node.users):
@@ -295,8 +366,6 @@ def _flatten(module: fx.GraphModule) -> None:
                 user.replace_all_uses_with(whole)
                 graph.erase_node(user)
             graph.erase_node(node)
-    # torch.export's own check of the nesting: flat inputs would not pass it.
-    module._forward_pre_hooks.clear()
     graph.lint()
     module.recompile()
 
