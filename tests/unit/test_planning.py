@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -15,10 +16,11 @@ import jettison as jt
 from jettison.cost.macs import count
 from jettison.flow.costs import CostModel, list_macs, make_cost_model
 from jettison.flow.planning import make_plan
-from jettison.flow.sensitivity import GroupOptions, Sensitivity, list_counts
+from jettison.flow.sensitivity import GroupOptions, Sensitivity
 from jettison.graph.groups import Graph, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
+from jettison.pruning.choice import make_width
 
 
 class Mixed(nn.Module):
@@ -158,10 +160,27 @@ def test_latency_predictions_fall_with_widths(graph: Graph) -> None:
     assert costs.predict({}).latency_ms == pytest.approx(2 * full)
 
 
-@given(size=st.integers(2, 300), multiple=st.integers(1, 32), least=st.floats(0.01, 1.0))
-def test_counts_to_choose_from(size: int, multiple: int, least: float) -> None:
-    recipe = jt.Recipe(multiple=multiple, least=least)
-    counts = list_counts(size, recipe)
+@given(size=st.integers(2, 300), multiple=st.integers(1, 32), least=st.floats(0.01, 1.0), minimum=st.integers(1, 64))
+def test_counts_to_choose_from(size: int, multiple: int, least: float, minimum: int) -> None:
+    recipe = jt.Recipe(least=least, minimum=minimum)
+    width = make_width(size, multiple, recipe)
+    counts = width.list_counts(recipe.ratios)
     assert counts[0] == size and list(counts) == sorted(set(counts), reverse=True)
     step = multiple if size > multiple else 1
-    assert all(c % step == 0 and least * size <= c and c >= 1 for c in counts[1:])
+    assert all(c % step == 0 and c >= least * size and c >= min(minimum, size) for c in counts[1:])
+    assert all(width.round_share(ratio) in counts for ratio in recipe.ratios)
+
+
+def test_tied_groups_are_planned_as_one(graph: Graph) -> None:
+    losses = {"inner": (0.0, 0.1, 0.3), "hidden": (0.0, 1.0, 5.0)}
+    groups = tuple(GroupOptions(n, tuple(range(16)), (16, 12, 4), y) for n, y in losses.items())
+    costs = make_cost_model(graph, bits=32, latency=False, threads=1)
+    limits = {"macs": 0.9 * costs.predict({}).macs}
+    tied = make_plan(Sensitivity(groups, (("inner", "hidden"),)), costs, limits)
+    apart = make_plan(Sensitivity(groups), costs, limits)
+    assert all(point.counts["inner"] == point.counts["hidden"] for point in tied.front) and tied.feasible
+    assert any(point.counts["inner"] < point.counts["hidden"] for point in apart.front)
+    assert tied.loss > apart.loss
+    others = (groups[0], dataclasses.replace(groups[1], counts=(16, 8, 4)))
+    with pytest.raises(jt.core.errors.CheckpointError, match="other counts"):  # type: ignore[attr-defined]
+        make_plan(Sensitivity(others, (("inner", "hidden"),)), costs, limits)

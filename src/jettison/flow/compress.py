@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from jettison.core.budget import Budget
-from jettison.core.errors import BudgetError, InputError, StorageError, VerificationError
+from jettison.core.errors import BudgetError, FixedSize, InputError, StorageError, VerificationError
 from jettison.core.plain import to_plain, write_json
 from jettison.core.plan import Plan, PlanPoint
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check, Record
 from jettison.flow.calibration import Calibration, make_calibration
 from jettison.flow.deciding import Reference, decide, load_sensitivity, measure_reference
-from jettison.flow.delivering import deliver, save_module
+from jettison.flow.delivering import ResultKind, check_kind, deliver, save_module
 from jettison.flow.evaluation import Evaluate, agreement
 from jettison.flow.folder import RunFolder, fingerprint, open_folder
 from jettison.flow.proving import Measurements, count_widths, measure_variants, run_checks
@@ -33,6 +33,7 @@ from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
 from jettison.graph.groups import Graph, trace
 from jettison.progress import show_progress
+from jettison.pruning.choice import read_widths
 from jettison.pruning.criteria import find_criterion
 from jettison.quantization import Quantized, quantize
 from jettison.report.html import write_html
@@ -100,6 +101,7 @@ def compress(
     quiet: bool = False,
     name: str | None = None,
     command: str | None = None,
+    result: ResultKind = "auto",
 ) -> Result:
     """Return the network made to keep `budget` on `target`, with everything measured and checked.
 
@@ -107,13 +109,17 @@ def compress(
     labels in it are ignored. `evaluate` maps a callable network to a score in 0..1 or one per sample (see
     `accuracy`); without it, agreement with the original is measured on a sealed fifth of the calibration data. `out` is
     the run's folder (a temporary one by default): started again with the same arguments, a run that was cut off goes on
-    from its last finished stage. `threads` are the runtime's.
+    from its last finished stage. `threads` are the runtime's. `result` says what `Result.model` shall be: "auto" the
+    caller's own class, with graphs where a submodule's source fixes a size, or else the graph of the whole; "eager" the
+    same without that last way out; "graph" always the graph.
 
     Raises BudgetError, carrying the best result, where the budget is not met; VerificationError where an oracle
-    finds the result wrong; InputError and its kinds for what was given; see `jettison.core.errors`.
+    finds the result wrong; FixedSize where `result="eager"` cannot be had (the folder then holds the graph);
+    InputError and its kinds for what was given; see `jettison.core.errors`.
     """
     recipe = recipe or Recipe()
     _check_settings(budget, recipe, threads, evaluate)
+    check_kind(result)
     runtime = find_target(target)
     find_criterion(recipe.criterion)
     where = _find_device(device, model)
@@ -123,8 +129,7 @@ def compress(
     with show_progress(not quiet), torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
         data, arguments, keywords = make_calibration(calibration, model, seal=evaluate is None, seed=seed, device=where)
         graph = _trace_small(model, arguments, keywords)
-        for group in recipe.protect:
-            graph.find(group)
+        read_widths(graph, recipe)  # refuses names that nothing answers to
         if not graph.traced.dynamic_batch:
             data = replace(data, fixed=len(graph.traced.example[0]))
         if evaluate is None:
@@ -143,10 +148,10 @@ def compress(
         )
         folder = _open(out, graph, data, settings)
         run = Run(graph, data, budget, recipe, runtime, threads, seed, folder)
-        return _carry_out(run, model, evaluate, name or type(model).__name__, command or "")
+        return _carry_out(run, model, evaluate, name or type(model).__name__, command or "", result)
 
 
-def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, command: str) -> Result:
+def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, command: str, kind: ResultKind) -> Result:
     path = run.folder.path
     _export_once(run, "export original", "original.onnx", lambda: run.graph.module)
     if run.recipe.quantize:
@@ -162,16 +167,17 @@ def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, comman
     measured = run.folder.do_json("measurements", Measurements, lambda: measure_variants(run, evaluate, widths))
     simulated = None if quantized is None else quantized.module
     checks = run.folder.do_json("checks", Checks, lambda: Checks(run_checks(run, plan, final, simulated)))
-    delivered = deliver(model, run.graph, plan, final)
+    delivered = deliver(model, run.graph, plan, final, result="auto" if kind == "eager" else kind)
     save_module(delivered, run.graph, final, path)
     record = build_record(run, plan, sensitivity, final, quantized, measured, checks.checks, name, command)
-    if delivered.refusal:
-        note = f"The result is a graph module, not the network's own class. {delivered.refusal}"
-        record = replace(record, notes=(*record.notes, note))
+    if delivered.note:
+        record = replace(record, notes=(*record.notes, delivered.note))
     write_json(record, path / "record.json")
     write_html(record, path / "report.html")
     result = Result(delivered.module, plan, record, path)
     _judge(result, checks.checks)
+    if kind == "eager" and delivered.refusal:
+        raise FixedSize(delivered.refusal)
     return result
 
 

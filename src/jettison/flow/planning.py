@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jettison.core.budget import Budget
+from jettison.core.errors import CheckpointError
 from jettison.core.plan import FORMAT, Cost, Plan, PlanPoint
 from jettison.flow.costs import CostModel
-from jettison.flow.sensitivity import Sensitivity
+from jettison.flow.sensitivity import GroupOptions, Sensitivity
 from jettison.search.planner import plan_widths
 
 
@@ -31,22 +32,23 @@ def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, f
     """Return the plan of least predicted loss whose predicted costs keep `limits`.
 
     `limits` has any of "latency_ms", "size_bytes", "macs". Where no plan keeps them, the nearest is
-    returned with `feasible` False.
+    returned with `feasible` False. Tied groups keep one count, and their losses add up.
     """
     groups = sensitivity.groups
-    names = [g.group for g in groups]
+    units = _join_tied(sensitivity)
     kinds = sorted(limits)
 
     def counts_of(choice: Sequence[int]) -> dict[str, int]:
-        return {g.group: g.counts[i] for g, i in zip(groups, choice, strict=True)}
+        chosen = {g.group: g.counts[i] for unit, i in zip(units, choice, strict=True) for g in unit}
+        return {g.group: chosen[g.group] for g in groups}
 
     def evaluate(choice: tuple[int, ...]) -> tuple[float, ...]:
         cost = costs.predict(counts_of(choice))
         return tuple(float(getattr(cost, kind) or 0.0) for kind in kinds) if kinds else (float(cost.macs),)
 
     bounds = [limits[kind] for kind in kinds] or [float(costs.predict({}).macs)]
-    losses = [list(g.losses) for g in groups]
-    if not names:
+    losses = [[sum(each) for each in zip(*(g.losses for g in unit), strict=True)] for unit in units]
+    if not units:
         cost = costs.predict({})
         feasible = all((getattr(cost, kind) or 0.0) <= limits[kind] for kind in kinds)
         return Plan(FORMAT, {}, costs.bits, 0.0, cost, feasible, (PlanPoint({}, 0.0, cost),))
@@ -63,6 +65,21 @@ def make_plan(sensitivity: Sensitivity, costs: CostModel, limits: Mapping[str, f
         found.feasible,
         front,
     )
+
+
+def _join_tied(sensitivity: Sensitivity) -> list[list[GroupOptions]]:
+    """Return the groups that are chosen together, tied ones as one; raises CheckpointError where options differ."""
+    tie_of = {name: names[0] for names in sensitivity.ties for name in names}
+    units: dict[str, list[GroupOptions]] = {}
+    for group in sensitivity.groups:
+        unit = units.setdefault(tie_of.get(group.group, group.group), [])
+        unit.append(group)
+        if group.counts != unit[0].counts:
+            raise CheckpointError(
+                f"The tied groups {unit[0].group!r} and {group.group!r} have other counts to choose from. "
+                "They were measured under another recipe. Measure the sensitivity anew."
+            )
+    return list(units.values())
 
 
 def _point(counts: dict[str, int], loss: float, costs: CostModel) -> PlanPoint:

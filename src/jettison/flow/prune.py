@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from jettison.core.errors import InputError
+from jettison.core.errors import FixedSize, InputError
 from jettison.core.recipe import Recipe
-from jettison.flow.delivering import deliver_kept
+from jettison.flow.delivering import ResultKind, check_kind, deliver_kept
 from jettison.flow.reading import check_graph, read_calibration
-from jettison.graph.groups import Graph, Group, trace
+from jettison.graph.depth import drop
+from jettison.graph.depth import drop_blocks as drop_blocks_of
+from jettison.graph.groups import Graph, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
 from jettison.graph.trace import Batch
 from jettison.progress import track
+from jettison.pruning.choice import balance, choose_counts
 from jettison.pruning.criteria import Criterion, find_criterion
-from jettison.pruning.moments import collect_moments
+from jettison.pruning.moments import Moments, collect_moments
 from jettison.pruning.recalibrate import recalibrate
 
 
@@ -32,41 +35,50 @@ def prune(
     calibration: Iterable[Any] | Tensor | None = None,
     recipe: Recipe | None = None,
     seed: int = 0,
+    result: ResultKind = "auto",
+    drop_blocks: Sequence[str] = (),
+    free_outputs: bool | Sequence[int] = False,
 ) -> nn.Module:
     """Return a smaller network that keeps the given share (or count) of each prune group; `model` is left as it is.
 
     `inputs` are example inputs: a tensor, a tuple of what the network takes, or a dict of its keyword inputs.
     `keep` is one share in (0, 1] for all groups, or a share or count for each named one. With `calibration` (a tensor,
     or a re-iterable of batches) positions are ranked by what they do on it and the rest is refitted; without it
-    `criterion` must be "magnitude" or "random" and the weights stay as sliced. Kept counts are rounded to the
-    recipe's multiple.
-    The result is in eval mode and has the caller's own class. Where its source does not allow that it is a graph
-    module, and a UserWarning says why. Raises InputError, UnknownName and what `trace` raises.
+    `criterion` must be "magnitude" or "random" and the weights stay as sliced. What may be kept is the recipe's to
+    say: multiples, smallest widths, protection, ties; it rounds shares, and takes counts as they are.
+    `drop_blocks` names residual blocks to leave out whole (`find_blocks` lists them; a module's name stands for all in
+    it). `free_outputs`, all or by number, may lose channels too.
+    The result is in eval mode and has the caller's own class. Submodules whose source does not allow that become
+    graphs, or else the whole network does, and a UserWarning says why. `result="eager"` raises FixedSize where only
+    the graph of the whole could be had; `result="graph"` gives always that. Raises InputError, UnknownName and what
+    `trace` raises.
     """
+    check_kind(result)
     recipe = recipe or Recipe()
     ranker = find_criterion(criterion)
+    refusal = ""
     # The caller may stand inside inference_mode; the result shall be trainable.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
-        graph = trace(model, (), inputs) if isinstance(inputs, Mapping) else trace(model, inputs)
+        graph = trace(model, inputs, free_outputs=free_outputs)
+        if drop_blocks:
+            graph, model, refusal = _drop(model, graph, drop_blocks, result)
+            result = "graph" if refusal else result
         check_graph(graph)
         batches = _take(graph, calibration, criterion, recipe, seed)
-        for name in (*recipe.protect, *(keep if isinstance(keep, Mapping) else ())):
-            graph.find(name)
-        moments = {}
+        counts = choose_counts(graph, keep, recipe)
+        moments: dict[fx.Node, Moments] = {}
         if batches:
             layers = find_layers(graph.module)
             moments = collect_moments(graph.module, layers, batches, positions=recipe.positions, seed=seed)
-        counts = {g.name: _count(g, keep, recipe) for g in graph.groups if g.name not in recipe.protect}
-        kept = {}
-        for group in track(graph.groups, "Ranking"):
-            if counts.get(group.name, group.size) < group.size:
-                kept[group.name] = ranker(graph, group, moments, seed)[: counts[group.name]].tolist()
+        graph, kept = _rank(graph, counts, ranker, moments, recipe, seed)
         small = prune_graph(graph, kept).module
         if batches and kept:
             recalibrate(graph, small, graph.keeps(kept), batches, positions=recipe.positions, seed=seed)
-        delivered = deliver_kept(model, graph, kept, small)
-    if delivered.refusal:
-        warnings.warn(f"The pruned network is a graph module, not its own class. {delivered.refusal}", stacklevel=2)
+        delivered = deliver_kept(model, graph, kept, small, result=result)
+    if refusal:
+        warnings.warn(refusal, stacklevel=2)
+    if delivered.note and result != "graph":
+        warnings.warn(delivered.note, stacklevel=2)
     return delivered.module
 
 
@@ -81,16 +93,38 @@ def _take(graph: Graph, calibration: Any, criterion: str | Criterion, recipe: Re
     return read_calibration(graph, calibration, seed).take(recipe.samples)
 
 
-def _count(group: Group, keep: float | Mapping[str, int | float], recipe: Recipe) -> int:
-    """Return how many positions of a group stay: a share is rounded to the multiple, a count is taken as it is."""
-    value = keep.get(group.name, 1.0) if isinstance(keep, Mapping) else keep
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"keep={value!r} for group {group.name!r} is no number. Give a share or a count.")
-    if isinstance(value, int) and isinstance(keep, Mapping):
-        if not 1 <= value <= group.size:
-            raise InputError(f"Group {group.name!r} has {group.size} positions and cannot keep {value}.")
-        return value
-    if not 0 < value <= 1:
-        raise InputError(f"keep={value} must be a share in (0, 1], or a mapping from group names to counts.")
-    step = recipe.multiple if group.size > recipe.multiple else 1
-    return min(group.size, max(step, round(group.size * value / step) * step))
+def _drop(model: nn.Module, graph: Graph, names: Sequence[str], result: ResultKind) -> tuple[Graph, nn.Module, str]:
+    """Leave blocks out of the graph and, where it can be done, of the caller's own class; else say why not."""
+    if result == "graph":
+        return drop_blocks_of(graph, names), model, ""
+    small, bypassed = drop(model, graph, names)
+    if bypassed is not None:
+        return small, bypassed, ""
+    refusal = (
+        f"The network's own class cannot leave out the blocks {list(names)}: not each is a module that gives its input "
+        "plus a branch. It was looked for in the calls of the traced forward. Take the graph result."
+    )
+    if result == "eager":
+        raise FixedSize(refusal)
+    return small, model, f"The result is a graph module. {refusal}"
+
+
+def _rank(
+    graph: Graph,
+    counts: Mapping[str, int],
+    ranker: Criterion,
+    moments: Mapping[fx.Node, Moments],
+    recipe: Recipe,
+    seed: int,
+) -> tuple[Graph, dict[str, list[int]]]:
+    """Return the kept positions of each group that loses some, and the network that they are positions of."""
+    smaller = [g for g in graph.groups if counts[g.name] < g.size]
+    whole, balanced = graph, frozenset[str]()
+    if recipe.balance:
+        whole, balanced = balance(graph, [g.name for g in smaller], ranker, moments, seed)
+    kept: dict[str, list[int]] = {}
+    for group in track(smaller, "Ranking"):
+        in_front = group.name in balanced
+        order = range(group.size) if in_front else ranker(graph, group, moments, seed).tolist()
+        kept[group.name] = list(order[: counts[group.name]])
+    return whole, kept

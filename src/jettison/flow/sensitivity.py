@@ -16,6 +16,7 @@ from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import slice_graph
 from jettison.graph.trace import Batch
 from jettison.progress import track
+from jettison.pruning.choice import find_ties, read_widths
 from jettison.pruning.criteria import Criterion, find_criterion
 from jettison.pruning.moments import Moments, collect_moments
 from jettison.pruning.recalibrate import refit_consumers
@@ -37,9 +38,10 @@ class GroupOptions:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The options of every group, in the graph's order."""
+    """The options of every group, in the graph's order; `ties` names groups that must keep the same count."""
 
     groups: tuple[GroupOptions, ...]
+    ties: tuple[tuple[str, ...], ...] = ()
 
 
 def measure_sensitivity(
@@ -59,7 +61,9 @@ def measure_sensitivity(
     `judges`. `known` options are taken over instead of computed; `keep` is called with each new one.
     """
     ranker = find_criterion(criterion or recipe.criterion)
-    chosen = [g for g in graph.groups if g.name not in recipe.protect]
+    widths = read_widths(graph, recipe)
+    chosen = [g for g in graph.groups if widths[g.name].least < g.size]
+    ties = [[n for n in names if widths[n].least < widths[n].size] for names in find_ties(graph, recipe)]
     todo = [g for g in chosen if g.name not in (known or {})]
     found = dict(known or {})
     if todo:
@@ -70,18 +74,11 @@ def measure_sensitivity(
         targets = frontier.run(graph.module)
         for group in track(sorted(todo, key=lambda g: find_first_use(graph, g)), "Measuring sensitivity"):
             frontier.advance(find_first_use(graph, group))
-            found[group.name] = _measure_group(frontier, group, ranker, moments, targets, recipe, seed)
+            counts = widths[group.name].list_counts(recipe.ratios)
+            found[group.name] = _measure_group(frontier, group, ranker, moments, targets, counts, seed)
             if keep is not None:
                 keep(found[group.name])
-    return Sensitivity(tuple(found[g.name] for g in chosen))
-
-
-def list_counts(size: int, recipe: Recipe) -> tuple[int, ...]:
-    """Return the kept counts a group of `size` may have, falling from `size`: multiples, none below the least."""
-    step = recipe.multiple if size > recipe.multiple else 1
-    lowest = max(1, recipe.least * size)
-    counts = {max(step, round(size * ratio / step) * step) for ratio in recipe.ratios}
-    return (size, *sorted((c for c in counts if lowest <= c < size), reverse=True))
+    return Sensitivity(tuple(found[g.name] for g in chosen), tuple(tuple(names) for names in ties if names))
 
 
 def _measure_group(
@@ -90,19 +87,18 @@ def _measure_group(
     ranker: Criterion,
     moments: Mapping[fx.Node, Moments],
     targets: Sequence[tuple[Tensor, ...]],
-    recipe: Recipe,
+    counts: Sequence[int],
     seed: int,
 ) -> GroupOptions:
     graph = frontier.graph
     order = ranker(graph, group, moments, seed).tolist()
-    counts = list_counts(group.size, recipe)
     losses = [0.0]
     for count in counts[1:]:
         keeps = graph.keeps({group.name: order[:count]})
         pruned = slice_graph(graph, keeps)
         refit_consumers(graph, pruned, keeps, moments)
         losses.append(max(losses[-1], average_divergence(frontier.run(pruned), targets)))
-    return GroupOptions(group.name, tuple(order), counts, tuple(losses))
+    return GroupOptions(group.name, tuple(order), tuple(counts), tuple(losses))
 
 
 def measure_loss(module: fx.GraphModule, judges: Sequence[Batch], targets: Sequence[tuple[Tensor, ...]]) -> float:
