@@ -5,10 +5,12 @@ A page's blocks run in order, in a folder of their own: Python blocks in one nam
 
     <!-- file: net.py -->          the block is saved under this name instead of run
     <!-- not run: why -->          the block is skipped, and the reason shown
+    <!-- needs: timm -->           the block is skipped where that package is missing, and a test shown as skipped
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -27,7 +29,7 @@ BLOCK_S = 300
 """A block that takes longer than this hangs: the slowest page is meant to take a minute."""
 
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>\S*)")
-MARKER = re.compile(r"^ *<!-- (?P<kind>file|not run): (?P<value>.+?) -->$")
+MARKER = re.compile(r"^ *<!-- (?P<kind>file|not run|needs): (?P<value>.+?) -->$")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Block:
     line: int
     file: str | None
     not_run: str | None
+    needs: str | None
 
 
 def find_blocks(text: str) -> list[Block]:
@@ -59,7 +62,8 @@ def find_blocks(text: str) -> list[Block]:
         values = {marker["kind"]: marker["value"]} if marker else {}
         code = "\n".join(line.removeprefix(fence["indent"]) for line in lines[at + 1 : end]) + "\n"
         if fence["language"] in ("python", "py", *SHELLS):
-            blocks.append(Block(fence["language"], code, at + 2, values.get("file"), values.get("not run")))
+            marks = (values.get(kind) for kind in ("file", "not run", "needs"))
+            blocks.append(Block(fence["language"], code, at + 2, *marks))
         at = end + 1
     return blocks
 
@@ -84,6 +88,8 @@ def run_page(page: Path, folder: Path) -> list[str]:
         where = f"{page.name}:{block.line}"
         if block.not_run is not None:
             skipped.append(f"{where} {block.not_run}")
+        elif block.needs is not None and importlib.util.find_spec(block.needs) is None:
+            skipped.append(f"{where} needs {block.needs}")
         elif block.file is not None:
             (folder / block.file).write_text(block.code)
         elif block.language in SHELLS:
@@ -135,6 +141,22 @@ def test_few_blocks_are_left_out() -> None:
     assert len(left_out) <= 3, left_out
 
 
+def _needed() -> dict[str, list[str]]:
+    """Name the blocks that need each package."""
+    needed: dict[str, list[str]] = {}
+    for page in PAGES:
+        for block in find_blocks(page.read_text()):
+            if block.needs is not None:
+                needed.setdefault(block.needs, []).append(f"{page.name}:{block.line}")
+    return needed
+
+
+@pytest.mark.parametrize(("package", "blocks"), _needed().items())
+def test_packages_that_blocks_need_are_here(package: str, blocks: list[str]) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed, so these blocks do not run: {', '.join(blocks)}")
+
+
 def _write(folder: Path, text: str) -> Path:
     page = folder / "page.md"
     page.write_text(text)
@@ -160,3 +182,12 @@ def test_blocks_share_what_they_should(tmp_path: Path) -> None:
     assert [b.line for b in find_blocks(text)] == [3, 8, 13, 17]
     assert run_page(page, tmp_path) == ["page.md:17 it would fail"]
     assert (tmp_path / "copy.txt").read_text() == "one\n"
+
+
+def test_a_block_runs_where_what_it_needs_is_installed(tmp_path: Path) -> None:
+    text = (
+        "<!-- needs: torch -->\n```python\nseen = [1]\n```\n<!-- needs: no_such_package -->\n"
+        "```python\nseen = 1 / 0\n```\n```python\nassert seen == [1]\n```\n"
+    )
+    page = _write(tmp_path, text)
+    assert run_page(page, tmp_path) == ["page.md:7 needs no_such_package"]

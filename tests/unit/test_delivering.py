@@ -72,7 +72,7 @@ def test_the_class_equals_the_graph_bit_for_bit(result: jt.Result) -> None:
     assert result.model.inner.out_channels == len(result.plan.kept.get("inner", range(32)))
     with torch.no_grad():
         assert torch.equal(result.model(x), jt.load(result.folder)(x))
-    assert not any("graph module" in note for note in result.record.notes)
+    assert not any("graph" in note for note in result.record.notes)
 
 
 def test_both_forms_load_in_a_fresh_process(result: jt.Result, saved: Path, tmp_path: Path) -> None:
@@ -126,6 +126,11 @@ def test_tensors_that_do_not_fit_are_found() -> None:
     kept = {graph.groups[0].name: range(8)}
     delivered = deliver_kept(model, graph, kept, prune_graph(graph, kept).module)
     assert delivered.refusal and isinstance(delivered.module, torch.fx.GraphModule)
+
+
+def test_a_kind_of_result_that_does_not_exist() -> None:
+    with pytest.raises(jt.InputError, match="'egaer'"):
+        jt.compress(DigitNet(), torch.zeros(4, 1, 8, 8), budget=HALF, recipe=QUICK, result="egaer")  # type: ignore[arg-type]
 
 
 class TestForeign:

@@ -455,7 +455,7 @@ class Rotary(nn.Module):
 @pytest.mark.parametrize(
     ("make", "shape", "sizes", "opaque"),
     [
-        (Recurrent, (2, 3, 4), [5], ("aten.lstm.input",)),
+        (Recurrent, (2, 3, 4), [5, 6], ()),
         (Weighted, (2, 3, 6, 6), [4], ("aten.argmax.default",)),
         (Rotary, (2, 5, 6), [2, 4, 8], ()),
     ],

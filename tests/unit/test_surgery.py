@@ -3,88 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from examples.fashion_mnist.network import FashionNet
+from tests.unit.slicing import InPlace, attributes_of, prune, randomise, thin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jettison.core.errors import CheckpointError, FixedSize
-from jettison.graph import surgery
 from jettison.graph.axes import Keeps
+from jettison.graph.comparing import list_tensors
 from jettison.graph.groups import Graph, trace
 from jettison.graph.provenance import Demand, Journal, Operation, Place, Source, make_tag, solve_demands
 from jettison.graph.rewrite import slice_graph
-from jettison.graph.surgery import Eager, copy_tensors, list_tensors, rebuild, slice_module
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Give every tensor, BatchNorm statistics included, values that a wrong slice would show."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand_like(tensor) + 0.5 if "running_var" in name else torch.randn_like(tensor) * 0.3)
-    return model
-
-
-def thin(graph: Graph, only: Callable[[str], bool] = lambda name: True) -> Keeps:
-    """Drop the first and every third position of the groups chosen."""
-    return graph.keeps({g.name: [i for i in range(g.size) if i % 3] for g in graph.groups if only(g.name)})
-
-
-def prune(
-    model: nn.Module, *inputs: Tensor, keeps: Callable[[Graph], Keeps] = thin, kw: dict[str, Tensor] | None = None
-) -> Eager:
-    """Slice, and check what must hold of every eager result."""
-    randomise(model)
-    state = {n: t.clone() for n, t in list_tensors(model).items()}
-    attributes = [dict(vars(m)) for m in model.modules()]
-    model.eval()
-    with torch.no_grad():
-        before = model(*inputs, **(kw or {}))
-    model.train()
-    graph = trace(model, inputs, kw)
-    chosen = keeps(graph)
-    assert chosen and any(not v.all() for v in chosen.values()), "nothing is pruned"
-    eager = slice_module(model, graph, chosen)
-    small = eager.module
-
-    assert type(small) is type(model)
-    assert model.training and small.training
-    assert list(small.state_dict()) == list(model.state_dict())
-    flat = slice_graph(graph, chosen)
-    for name, tensor in list_tensors(flat).items():
-        assert torch.equal(tensor, list_tensors(small)[name])
-    for old, new in zip(model.parameters(), small.parameters(), strict=True):
-        assert isinstance(new, nn.Parameter) and old.requires_grad == new.requires_grad and old is not new
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
-
-    for module, old_attributes in zip(model.modules(), attributes, strict=True):
-        for name, value in old_attributes.items():
-            if isinstance(value, (int, tuple)):
-                assert type(vars(module)[name]) is type(value) and vars(module)[name] == value
-    for module in small.modules():
-        assert all(type(v) in (int, bool) for v in vars(module).values() if isinstance(v, int))
-    assert all(torch.equal(t, state[n]) for n, t in list_tensors(model).items())
-    model.eval()
-    with torch.no_grad():
-        after = model(*inputs, **(kw or {}))
-    assert torch.equal(before, after)
-
-    fresh = randomise(copy.deepcopy(model))
-    saved = {n: t.clone() for n, t in list_tensors(small).items()}
-    again = rebuild(fresh, saved, json.loads(json.dumps(eager.attributes)))
-    small.eval(), again.eval()
-    with torch.no_grad():
-        out = small(*inputs, **(kw or {}))
-        assert torch.equal(out, again(*inputs, **(kw or {})))
-        assert torch.equal(out, copy.deepcopy(small)(*inputs, **(kw or {})))
-    assert [m.__dict__.keys() for m in small.modules()] == [m.__dict__.keys() for m in again.modules()]
-    return eager
+from jettison.graph.surgery import copy_tensors, rebuild, slice_module
 
 
 class Sequence(nn.Module):
@@ -94,10 +29,6 @@ class Sequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
-
-
-def attributes_of(eager: Eager) -> dict[str, Any]:
-    return {f"{a['module']}.{a['name']}".lstrip("."): a["value"] for a in eager.attributes}
 
 
 def test_fashion_net() -> None:
@@ -254,88 +185,6 @@ def test_channel_shuffle() -> None:
     assert eager.module.b.groups == 8  # type: ignore[union-attr]
 
 
-def drop_heads(heads: int) -> Callable[[Graph], Keeps]:
-    """Drop the first head of every attention; head axes are those of `heads` positions."""
-    return lambda graph: graph.keeps({g.name: range(1, heads) for g in graph.groups if g.size == heads})
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int = 15, heads: int = 3) -> None:
-        super().__init__()
-        self.num_heads = heads
-        self.head_dim = dim // heads
-        self.scale = self.head_dim**-0.5
-        self.norm = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, N, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
-        return x + self.proj(y.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim))
-
-
-class Vit(nn.Module):
-    def __init__(self, attention: type[nn.Module] = Attention) -> None:
-        super().__init__()
-        self.patch = nn.Conv2d(3, 15, 2, 2)
-        self.token = nn.Parameter(torch.zeros(1, 1, 15))
-        self.position = nn.Parameter(torch.zeros(1, 5, 15))
-        self.blocks = nn.Sequential(attention(), attention())
-        self.norm = nn.LayerNorm(15)
-        self.head = nn.Linear(15, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-def test_attention_by_head() -> None:
-    found = attributes_of(prune(Vit(), torch.randn(2, 3, 4, 4), keeps=drop_heads(3)))
-    assert found["blocks.0.num_heads"] == found["blocks.1.num_heads"] == 2
-    assert "blocks.0.head_dim" not in found
-
-
-def test_attention_by_head_dimension_and_width() -> None:
-    eager = prune(Vit(), torch.randn(2, 3, 4, 4))
-    found = attributes_of(eager)
-    assert found["blocks.0.num_heads"] == 2
-    assert found["norm.normalized_shape"] == [10]
-    assert eager.module.norm.normalized_shape == (10,)  # type: ignore[union-attr]
-    assert found["blocks.0.head_dim"] == 3
-
-
-class Quotient(Attention):
-    """`C // heads` for the head's size: when C stays, no number of heads gives both sizes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-        y = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
-        return x + self.proj(y.transpose(1, 2).flatten(2))
-
-
-def test_one_attribute_cannot_have_two_values() -> None:
-    with pytest.raises(FixedSize, match=r"'blocks\.0\.num_heads'.*test_surgery\.py:\d+"):
-        prune(Vit(Quotient), torch.randn(2, 3, 4, 4), keeps=drop_heads(3))
-
-
-class Fused(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_fused_attention_by_head_and_its_default_scale() -> None:
-    assert attributes_of(prune(Vit(Fused), torch.randn(2, 3, 4, 4), keeps=drop_heads(3)))["blocks.1.num_heads"] == 2
-    with pytest.raises(FixedSize, match=r"default scale.*test_surgery\.py:\d+.*scale=self\.scale"):
-        prune(Vit(Fused), torch.randn(2, 3, 4, 4))
-
-
 @pytest.mark.parametrize("whole", [True, False])
 def test_group_norm(whole: bool) -> None:
     model = Sequence(nn.Conv2d(3, 12, 1), nn.GroupNorm(3, 12), nn.ReLU(), nn.Conv2d(12, 4, 1))
@@ -346,33 +195,6 @@ def test_group_norm(whole: bool) -> None:
 
     norm = prune(model, torch.randn(2, 3, 4, 4), keeps=choose).module.layers[1]  # type: ignore[index]
     assert (norm.num_groups, norm.num_channels) == ((2, 8) if whole else (3, 9))  # type: ignore[union-attr]
-
-
-class MultiHead(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(5, 12)
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
-        self.up = nn.Linear(12, 9)
-        self.down = nn.Linear(9, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        return self.down(self.up(x + self.attention(x, x, x, need_weights=False)[0]).relu())
-
-
-def test_multi_head_attention() -> None:
-    def hidden(graph: Graph) -> Keeps:
-        return thin(graph, lambda name: graph.find(name).size == 9)
-
-    prune(MultiHead(), torch.randn(2, 4, 5), keeps=hidden)
-    torch.manual_seed(0)
-    model = MultiHead()
-    graph = trace(model, torch.randn(2, 4, 5))
-    inside = thin(graph, lambda name: any("attention" in layer for layer in graph.find(name).layers))
-    assert inside
-    with pytest.raises(FixedSize, match=r"test_surgery\.py:\d+"):
-        slice_module(model, graph, inside)
 
 
 class Tied(nn.Module):
@@ -448,18 +270,7 @@ def test_slices_by_attribute_and_by_number() -> None:
         prune(Sliced(literal=True), torch.randn(2, 3, 4, 4))
 
 
-class InPlace(nn.Module):
-    """An operator that changes its input makes the trace decompose the graph: other operators, the same lines."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.act = inner, nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.inner(x) + 1)
-
-
-@pytest.mark.parametrize("inner", [Vit, Shuffle, Sliced, Inverted])
+@pytest.mark.parametrize("inner", [Shuffle, Sliced, Inverted])
 def test_networks_that_change_tensors_in_place(inner: Callable[[], nn.Module]) -> None:
     prune(InPlace(inner()), torch.randn(2, 6 if inner is Inverted else 3, 4, 4))
 
@@ -509,13 +320,6 @@ def test_rebuild_refuses_tensors_of_another_network() -> None:
         rebuild(Flattened(False), {n: t for n, t in tensors.items() if n != "conv.bias"}, [])
     with pytest.raises(CheckpointError, match="no_such"):
         rebuild(Flattened(False), tensors, [{"module": "fc", "name": "no_such", "value": 3}])
-
-
-def test_a_wrong_size_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison with the graph is what makes a mistake of the search harmless: plant one."""
-    monkeypatch.setattr(surgery, "solve_demands", lambda demands, old: {})
-    with pytest.raises(FixedSize, match="cannot run"):
-        prune(Vit(), torch.randn(2, 3, 4, 4), keeps=drop_heads(3))
 
 
 class Scaled(nn.Module):

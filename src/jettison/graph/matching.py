@@ -7,18 +7,20 @@ user's line and the shape of the output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from jettison.core.errors import FixedSize, JettisonError
+from jettison.core.errors import JettisonError
 from jettison.graph.provenance import (
     Journal,
+    Misfit,
     Place,
     Tagged,
     find_place,
@@ -27,6 +29,7 @@ from jettison.graph.provenance import (
     tag_attributes,
 )
 from jettison.graph.sizes import FUNCTIONS, NODE_FAMILY, Call, list_slices
+from jettison.graph.subgraphs import iterate_nodes
 from jettison.graph.trace import Traced, hint, shape_of
 
 
@@ -39,25 +42,40 @@ class Site:
 
 
 class CallNodes:
-    """The nodes of the graph that take sizes, in order, by family and the user's line."""
+    """The nodes of the graph that take sizes, in order, by family; those in `without` left out.
 
-    def __init__(self, module: fx.GraphModule, sliced: fx.GraphModule, shapes: Mapping[str, Any]) -> None:
-        self.sliced = {n.name: n for n in sliced.graph.nodes}
+    A call is met again by the submodule it is made in, or else by the user's line: a submodule with several names may
+    go by another in the graph, and a graph that was decomposed may have lost either.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, sliced: fx.GraphModule, shapes: Mapping[str, Any], without: Collection[str] = ()
+    ) -> None:
+        self.sliced = {n.name: n for n in iterate_nodes(sliced)}
         self.shapes = shapes
-        self.waiting: dict[tuple[str, Place], list[fx.Node]] = {}
-        for node in module.graph.nodes:
+        self.waiting: dict[tuple[str, Place | str], list[fx.Node]] = {}
+        self.taken: set[fx.Node] = set()
+        self.modules: set[str] = set()
+        for node in iterate_nodes(module):
             name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
-            if node.op == "call_function" and name in NODE_FAMILY:
-                self.waiting.setdefault((NODE_FAMILY[name], _node_place(node)), []).append(node)
+            if node.op == "call_function" and name in NODE_FAMILY and node.name not in without:
+                for key in (_node_module(node), _node_place(node)):
+                    self.waiting.setdefault((NODE_FAMILY[name], key), []).append(node)
 
-    def take(self, family: str, place: Place, fits: Callable[[fx.Node], bool]) -> str | None:
-        """Take the next node of that family and line that fits; nodes before it had no call of their own."""
-        waiting = self.waiting.get((family, place), [])
-        for index, node in enumerate(waiting):
-            if fits(node):
-                del waiting[: index + 1]
-                return node.name
+    def take(self, family: str, module: str, place: Place, fits: Callable[[fx.Node], bool]) -> str | None:
+        """Take the next node of that family and submodule, or line, that fits; those before it had no call."""
+        for key in (module, place):
+            waiting = self.waiting.get((family, key), [])
+            for index, node in enumerate(waiting):
+                if node not in self.taken and not self._is_foreign(node, module) and fits(node):
+                    self.taken.update(waiting[: index + 1])
+                    return node.name
         return None
+
+    def _is_foreign(self, node: fx.Node, module: str) -> bool:
+        """Tell whether a node was made outside `module`; a view may stand in a submodule of it that reads the view."""
+        found = _node_module(node)
+        return found in self.modules and found != module and bool(module) and not found.startswith(f"{module}.")
 
 
 class TaggedRun(TorchFunctionMode):
@@ -67,43 +85,51 @@ class TaggedRun(TorchFunctionMode):
         super().__init__()
         self.module, self.calls, self.traced = module, calls, traced
         self.journal = Journal()
-        self.sites: list[Site] = []
+        self.sites: dict[str, list[Site]] = {}
+        self.opened: set[str] = set()
         self.sizes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self.earlier: Iterator[Site] | None = None
+        self.earlier: dict[str, Iterator[Site]] | None = None
 
     def run(self, earlier: TaggedRun | None) -> None:
         """Run the forward on the example inputs."""
         if earlier is not None:
-            self.earlier = iter(earlier.sites)
+            self.earlier = {path: iter(sites) for path, sites in earlier.sites.items()}
             self.journal = Journal(earlier.journal.answers)
         for path, module in self.module.named_modules():
+            self.calls.modules.add(path)
+            module.register_forward_pre_hook(self._enter(path))
             module.register_forward_hook(self._note_sizes(path), with_kwargs=True)
         args, kwargs = pytree.tree_unflatten(list(self.traced.example), self.traced.in_spec)
-        with tag_attributes(self.module, self.journal):
-            run_watched(self, self.module, args, kwargs)
+        with tag_attributes(self.module, self.journal), plain_attention():
+            run_watched(self, self.module, args, kwargs, self.journal)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         self._note_reached(args, kwargs)
+        if func is F.multi_head_attention_forward:
+            self.opened.add(self.journal.module)
+            with _opened(), self:
+                return func(*args, **kwargs)
         entry = FUNCTIONS.get(func)
         if entry is None:
             return func(*args, **kwargs)
         family, fix = entry
         if self.earlier is None:
             out = func(*args, **kwargs)
-            self.sites.append(Site(func, self._match(family, args, out)))
+            self.sites.setdefault(self.journal.module, []).append(Site(func, self._match(family, args, out)))
             return out
-        site = next(self.earlier, None)
+        site = next(self.earlier.get(self.journal.module, iter(())), None)
         place = find_place()
         if site is None or site.function is not func:
-            raise FixedSize(
+            raise Misfit(
                 f"The pruned network takes another way through its source than the original, at {place}. "
-                "A condition there depends on a size. Take the graph result, which has no conditions."
+                "A condition there depends on a size. Take the graph result, which has no conditions.",
+                self.journal.module,
             )
         nodes = [None if n is None else self.calls.sliced[n] for n in site.nodes]
-        call = Call(list(args), kwargs, nodes, self.calls.shapes, place, self.journal)
+        call = Call(func, list(args), kwargs, nodes, self.calls.shapes, place, self.journal)
         fix(call)
-        return func(*call.args, **call.kwargs)
+        return call.function(*call.args, **call.kwargs)
 
     def _note_reached(self, args: Any, kwargs: Any) -> None:
         """Note the attributes that reach this call; the bounds of a slice are arguments too."""
@@ -116,10 +142,8 @@ class TaggedRun(TorchFunctionMode):
         place = find_place()
         if family == "slice":
             return [self._match_slice(dim, part, args[0], place) for dim, part in list_slices(args)]
-        if family == "multi_head":
-            return [None]
         shapes = [tuple(t.shape) for t in out] if isinstance(out, (tuple, list)) else tuple(out.shape)
-        return [self.calls.take(family, place, lambda node: _node_shapes(node) == shapes)]
+        return [self.calls.take(family, self.journal.module, place, lambda node: _node_shapes(node) == shapes)]
 
     def _match_slice(self, dim: int, part: slice, x: Tensor, place: Place) -> str | None:
         size = x.shape[dim]
@@ -131,32 +155,51 @@ class TaggedRun(TorchFunctionMode):
             whole, cut = shape_of(node.args[0]), shape_of(node)  # type: ignore[arg-type]
             return whole is not None and cut is not None and (size, kept) in zip(whole, cut, strict=True)
 
-        return self.calls.take("slice", place, fits)
+        return self.calls.take("slice", self.journal.module, place, fits)
 
     def _note_sizes(self, path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.journal.stack.pop()
             self.sizes.setdefault(path, (_first_shape((args, kwargs)), _first_shape(output)))
 
         return note
 
+    def _enter(self, path: str) -> Callable[..., None]:
+        return lambda module, args: self.journal.stack.append(path)
 
-def run_watched(mode: contextlib.AbstractContextManager[Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Run `module` in eval mode under `mode`; an error in the user's code becomes a FixedSize with its line."""
+
+def run_watched(
+    mode: contextlib.AbstractContextManager[Any], module: nn.Module, args: Any, kwargs: Any, journal: Journal
+) -> Any:
+    """Run `module` in eval mode under `mode`; an error in the user's code becomes a Misfit with its line."""
     try:
-        with _plain_attention(), torch.no_grad(), mode:
+        with torch.no_grad(), mode:
             return module.eval()(*args, **kwargs)
     except JettisonError:
         raise
     except Exception as error:
-        raise FixedSize(
-            f"The sliced network cannot run in its own source: {str(error).strip() or repr(error)}. "
+        raise Misfit(
+            f"The sliced network cannot run in its own source: {(str(error).strip() or repr(error)).splitlines()[0]}. "
             f"It stopped at {_error_place(error)}. "
-            "Write sizes from x.shape or attributes there, or take the graph result."
+            "Write sizes from x.shape or attributes there, or take the graph result.",
+            journal.module or _error_module(error, module),
         ) from error
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
+def _opened() -> Iterator[None]:
+    """Let a function of torch that is written in Python run its body, so that the calls in it are seen."""
+    before = vars(F)["has_torch_function"]
+    vars(F)["has_torch_function"] = lambda tensors: False
+    try:
+        yield
+    finally:
+        vars(F)["has_torch_function"] = before
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Within the block torch's fused transformer kernels are off."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # as when the graph was traced
     try:
@@ -172,6 +215,16 @@ def _error_place(error: BaseException) -> Place:
             place = Place(trail.tb_frame.f_code.co_filename, trail.tb_lineno)
         trail = trail.tb_next
     return place
+
+
+def _error_module(error: BaseException, module: nn.Module) -> str:
+    """Return the innermost submodule in whose methods an error was raised."""
+    paths = {id(inner): path for path, inner in module.named_modules()}
+    found, trail = "", error.__traceback__
+    while trail is not None:
+        found = paths.get(id(trail.tb_frame.f_locals.get("self")), found)
+        trail = trail.tb_next
+    return found
 
 
 def _node_shapes(node: fx.Node) -> Any:
@@ -194,3 +247,10 @@ def _node_place(node: fx.Node) -> Place:
             if is_user_file(file):
                 place = Place(file, int(line))
     return place
+
+
+def _node_module(node: fx.Node) -> str:
+    """Return the innermost submodule that made a node; a later call of it is marked by a number."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(path) for path, _ in stack.values()]
+    return paths[-1].split("@")[0] if paths else ""

@@ -73,11 +73,21 @@ class Place:
 
 @dataclass(frozen=True)
 class Demand:
-    """What an expression must be equal to in the pruned network, and the line that asks for it."""
+    """What an expression must be equal to in the pruned network, and the line and submodule that ask for it."""
 
     expression: Expression
     target: int
     place: Place
+    module: str = ""
+
+
+class Misfit(FixedSize):
+    """A FixedSize that knows the innermost submodule whose source stands in the way."""
+
+    def __init__(self, text: str, module: str) -> None:
+        """Take the message and the submodule's path."""
+        super().__init__(text)
+        self.module = module
 
 
 @dataclass
@@ -86,13 +96,25 @@ class Journal:
 
     The answers to `==` are kept per line. Given an earlier run's, an equality that held must hold again: where it does
     not, it is noted as a demand and answered as before, so that `assert channels == self.channels` passes.
+    `stack` holds the submodules that are running, `misfits` the first thing each could not express.
     """
 
     earlier: Mapping[Place, Sequence[bool]] | None = None
     answers: dict[Place, list[bool]] = field(default_factory=dict)
     demands: list[Demand] = field(default_factory=list)
     reached: set[Source] = field(default_factory=set)
+    stack: list[str] = field(default_factory=list)
+    misfits: dict[str, Misfit] = field(default_factory=dict)
     closed: bool = False
+
+    @property
+    def module(self) -> str:
+        """The innermost submodule that is running."""
+        return self.stack[-1] if self.stack else ""
+
+    def blame(self, text: str) -> None:
+        """Note that the running submodule's source cannot express the pruned network; the run goes on."""
+        self.misfits.setdefault(self.module, Misfit(text, self.module))
 
     def compare(self, tag: Tagged, other: int) -> bool:
         """Answer `tag == other`."""
@@ -104,7 +126,7 @@ class Journal:
         before = self.earlier.get(place, ()) if self.earlier is not None else ()
         if len(given) < len(before) and before[len(given)] and not answer:
             difference = Operation("-", tag.expression, express(other))
-            self.demands.append(Demand(difference, 0, place))
+            self.demands.append(Demand(difference, 0, place, self.module))
             answer = True
         given.append(answer)
         return answer
@@ -332,9 +354,10 @@ def _check(demand: Demand, values: Mapping[Source, int]) -> None:
         raise _no_value(demand, source, values[source])
 
 
-def _no_value(demand: Demand, source: Source, value: int) -> FixedSize:
-    return FixedSize(
+def _no_value(demand: Demand, source: Source, value: int) -> Misfit:
+    return Misfit(
         f"No single value of the attribute {str(source)!r} (now {value}) gives every size the pruned network needs. "
         f"The line that cannot be met is {demand.place}, where the size must become {demand.target}. "
-        "Use one attribute per size there, or read it from x.shape; or take the graph result, which needs neither."
+        "Use one attribute per size there, or read it from x.shape; or take the graph result, which needs neither.",
+        demand.module,
     )

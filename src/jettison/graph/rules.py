@@ -368,7 +368,7 @@ def _table() -> dict[Any, Rule]:
         (list_positions, "nonzero nonzero_numpy"),
         (run_along, "cumsum cumprod logcumsumexp"),
         (differences, "diff"),
-        (pick_by_value, "sort topk max min median mode kthvalue"),
+        (pick_by_value, "sort argsort topk max min median mode kthvalue"),
         (pick_number, "argmax argmin"),
         (slide, "unfold"),
         (columns_of_patches, "im2col"),

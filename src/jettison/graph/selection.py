@@ -35,8 +35,8 @@ def differences(walk: Walk) -> Dims:
 
 
 def pick_by_value(walk: Walk) -> Any:
-    """sort, topk, max and min over a dimension: what is ordered by value stays whole; max and min of two tensors."""
-    if walk.node.target._overloadname == "other":  # type: ignore[union-attr]
+    """Sort, topk, max and min over a dimension: what is ordered by value stays whole."""
+    if walk.node.target._overloadname == "other":  # type: ignore[union-attr]  # of two tensors
         return walk.broadcast([walk.dims(walk.args[0]), walk.dims(walk.args[1])])
     x = walk.dims(walk.args[0])
     named = next((a.name for a in walk.node.target._schema.arguments if a.name == "dim"), None)  # type: ignore[union-attr]

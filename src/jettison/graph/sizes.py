@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from jettison.core.errors import FixedSize
 from jettison.graph.provenance import Demand, Journal, Place, Tagged, express
 
 
 @dataclass
 class Call:
-    """One intercepted call on sliced tensors; `args` and `kwargs` are changed in place.
+    """One intercepted call on sliced tensors; `function`, `args` and `kwargs` are put right in place.
 
     `nodes` are the nodes it became in the sliced graph (None where there is none to learn from) and `shapes` the shapes
     their outputs have there.
     """
 
+    function: Callable[..., Any]
     args: list[Any]
     kwargs: dict[str, Any]
     nodes: list[fx.Node | None]
@@ -33,20 +33,20 @@ class Call:
     journal: Journal
 
     def need(self, value: int, target: int) -> int:
-        """Ask that `value` become `target`, which is returned; a literal cannot."""
+        """Ask that `value` become `target`, which is returned; a literal cannot, and is blamed on its submodule."""
         if isinstance(value, Tagged):
-            self.journal.demands.append(Demand(express(value), target, self.place))
+            self.journal.demands.append(Demand(express(value), target, self.place, self.journal.module))
         elif value != target:
-            raise FixedSize(
+            self.journal.blame(
                 f"Pruning needs a size of {target} where the source gives {value}: a number, or another tensor's size. "
                 f"It stands at {self.place}. "
                 "Write -1, a size read from x.shape or an attribute of the module; or take the graph result."
             )
         return target
 
-    def refuse(self, text: str, advice: str) -> FixedSize:
-        """Return the error for a call that cannot say what the pruned network needs."""
-        return FixedSize(f"{text} It stands at {self.place}. {advice}; or take the graph result.")
+    def refuse(self, text: str, advice: str) -> None:
+        """Note that this call cannot say what the pruned network needs; the caller goes on with what it does need."""
+        self.journal.blame(f"{text} It stands at {self.place}. {advice}; or take the graph result.")
 
     def change(self, index: int, name: str, target: Callable[[Any], Any]) -> None:
         """Replace an argument given by position or by name; one that was left out stays so."""
@@ -86,12 +86,23 @@ def _fix_shape(call: Call) -> None:
     shape = call.shapes[call.nodes[0].name]
 
     def put(sizes: Any) -> Any:
-        return [s if s == -1 else call.need(s, t) for s, t in zip(sizes, shape, strict=True)]
+        # int(): a tagged size answers comparisons as the source's own were answered.
+        return [s if int(s) == -1 else call.need(s, t) for s, t in zip(sizes, shape, strict=True)]
 
     if len(call.args) > 1 and isinstance(call.args[1], int) and not isinstance(call.args[1], bool):
         call.args[1:] = put(call.args[1:])
     for name in ("shape", "size"):
         call.change(1, name, lambda v: put(v) if isinstance(v, (tuple, list)) else v)
+
+
+def _fix_constant(call: Call) -> None:
+    """zeros, ones, full: as `_fix_shape`, with the sizes first unless a tensor's method is called."""
+    if call.args and isinstance(call.args[0], Tensor):
+        _fix_shape(call)
+        return
+    call.args.insert(0, None)
+    _fix_shape(call)
+    del call.args[0]
 
 
 def _fix_unflatten(call: Call) -> None:
@@ -100,7 +111,7 @@ def _fix_unflatten(call: Call) -> None:
     shape, x = call.shapes[call.nodes[0].name], call.args[0]
     dim = call.args[1] if len(call.args) > 1 else call.kwargs["dim"]
     offset = dim + x.dim() if dim < 0 else dim
-    call.change(2, "sizes", lambda v: [s if s == -1 else call.need(s, shape[offset + i]) for i, s in enumerate(v)])
+    call.change(2, "sizes", lambda v: [s if int(s) == -1 else call.need(s, shape[offset + i]) for i, s in enumerate(v)])
 
 
 def _fix_groups(call: Call) -> None:
@@ -143,7 +154,8 @@ def _fix_split(call: Call) -> None:
         if not isinstance(value, int):
             return [call.need(s, t) for s, t in zip(value, sizes, strict=True)]
         if any(s != sizes[0] for s in sizes[:-1]) or sizes[-1] > sizes[0]:
-            raise call.refuse(f"One size splits a tensor that pruning leaves in parts of {sizes}.", _LIST_SIZES)
+            call.refuse(f"One size splits a tensor that pruning leaves in parts of {sizes}.", _LIST_SIZES)
+            return sizes
         return call.need(value, sizes[0])
 
     for name in ("split_size_or_sections", "split_size", "split_sizes"):
@@ -158,7 +170,10 @@ def _fix_chunk(call: Call) -> None:
     count = call.args[1] if len(call.args) > 1 else call.kwargs["chunks"]
     size = -(-sum(sizes) // int(count))
     if any(s != size for s in sizes[:-1]) or sizes[-1] > size:
-        raise call.refuse(f"chunk cannot give the parts of {sizes} that pruning leaves.", _LIST_SIZES)
+        call.refuse(f"chunk cannot give the parts of {sizes} that pruning leaves.", _LIST_SIZES)
+        x = call.args[0] if call.args else call.kwargs["input"]
+        dim = call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0)
+        call.function, call.args, call.kwargs = torch.split, [x, sizes, dim], {}
 
 
 _LIST_SIZES = "Write `x.split([a, b])` with sizes that are attributes of the module"
@@ -189,9 +204,10 @@ def _move_slice(call: Call, part: slice, node: fx.Node, size: int) -> slice:
 
     def put(value: int | None, target: int, open_end: int) -> int | None:
         if value is None:
-            if target != open_end:
-                raise call.refuse(f"A slice without a bound must now end at {target}.", "Write both bounds")
-            return None
+            if target == open_end:
+                return None
+            call.refuse(f"A slice without a bound must now end at {target}.", "Write both bounds")
+            return target
         return call.need(value, target - size if value < 0 else target)
 
     return slice(put(part.start, start, 0), put(part.stop, stop, size), part.step)
@@ -203,14 +219,11 @@ def _fix_attention(call: Call) -> None:
         return
     scale, size = node.kwargs.get("scale"), call.args[0].shape[-1] if call.args else call.kwargs["query"].shape[-1]
     if scale is not None and scale != size**-0.5:
-        raise call.refuse(
+        call.refuse(
             f"Attention's default scale follows the head's size, and pruning changes that to {size}.",
             f"Write `scale=self.scale` with a float attribute, here {scale:.6g}",
         )
-
-
-def _fix_multi_head(call: Call) -> None:
-    call.change(3, "embed_dim_to_check", lambda v: call.need(v, call.args[0].shape[-1]))
+        call.kwargs["scale"] = scale
 
 
 Fix = Callable[[Call], None]
@@ -224,6 +237,8 @@ def _table() -> dict[Any, tuple[str, Fix]]:
         ("reshape", _leave, [tensor.flatten, torch.flatten, tensor.view_as, tensor.reshape_as]),
         ("expand", _fix_shape, [tensor.expand, torch.broadcast_to, tensor.broadcast_to]),
         ("expand", _leave, [tensor.expand_as]),
+        ("constant", _fix_constant, [torch.zeros, torch.ones, torch.full, torch.empty]),
+        ("constant", _fix_constant, [tensor.new_zeros, tensor.new_ones, tensor.new_full, tensor.new_empty]),
         ("conv", _fix_groups, [torch.conv1d, torch.conv2d, torch.conv3d]),
         ("conv", _fix_groups, [torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d]),
         ("layer_norm", _fix_layer_norm, [F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm]),
@@ -232,7 +247,6 @@ def _table() -> dict[Any, tuple[str, Fix]]:
         ("split", _fix_chunk, [torch.chunk, tensor.chunk]),
         ("slice", _fix_slices, [tensor.__getitem__]),
         ("attention", _fix_attention, [F.scaled_dot_product_attention]),
-        ("multi_head", _fix_multi_head, [F.multi_head_attention_forward]),
     ]
     return {function: (family, fix) for family, fix, functions in rows for function in functions}
 
@@ -245,6 +259,7 @@ NODE_FAMILY: dict[str, str] = {
     for family, names in (
         ("reshape", "view _unsafe_view reshape flatten unflatten"),
         ("expand", "expand"),
+        ("constant", "zeros ones full empty new_zeros new_ones new_full new_empty"),
         ("conv", "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
         ("layer_norm", "layer_norm rms_norm"),
         ("group_norm", "group_norm"),

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
 from jettison.graph.caches import forget_caches
+from jettison.graph.functional import replace_writes
 from jettison.graph.subgraphs import (
     Context,
     choose_region,
-    iterate_nodes,
     iterate_regions,
     list_regions,
     name_apart,
@@ -67,9 +67,11 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
         _try_forward(model, args, kwargs)
         with forget_caches(model, args, kwargs):
             program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
-        if any(_mutates(node) for node in iterate_nodes(program.graph_module)):
-            program = program.run_decompositions({})
         module = program.module(check_guards=False)
+        assert isinstance(module, fx.GraphModule)
+        if not replace_writes(module):
+            program = program.run_decompositions({})
+            module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     _flatten(module)
@@ -324,13 +326,6 @@ def _batch_is_free(program: torch.export.ExportedProgram) -> bool:
 
 def _inputs(program: torch.export.ExportedProgram) -> set[str]:
     return {str(n) for n in program.graph_signature.user_inputs}
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if node.target is torch.ops.aten.detach_.default:
-        return False  # made for constants of a sub-graph; `_plain_graph` writes it as detach
-    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
 def _flatten(module: fx.GraphModule) -> None:

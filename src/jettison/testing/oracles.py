@@ -16,6 +16,7 @@ from jettison.graph.check import measure_difference, run_double
 from jettison.graph.groups import Graph, Group, Member
 from jettison.graph.rewrite import prune_graph, slice_graph
 from jettison.graph.store import load_graph, save_graph
+from jettison.graph.subgraphs import iterate_nodes, list_tensors_used
 from jettison.graph.trace import Batch, find_attribute, run_nodes, set_tensor
 
 PERMUTATION_TOLERANCE = 1e-12
@@ -72,7 +73,7 @@ def _derange(size: int, seed: int) -> Tensor:
 def _permute_member(module: fx.GraphModule, member: Member, term: Term, atom: Atom, order: Tensor) -> None:
     tensor = find_attribute(module, member.tensor)
     moved = tensor.detach().index_select(member.dim, permute_positions(term, atom, order))
-    for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}:
+    for name in list_tensors_used(module):
         if find_attribute(module, name) is tensor:
             set_tensor(module, name, moved)
 
@@ -129,7 +130,7 @@ def check_prediction(graph: Graph, keeps: Keeps, inputs: Batch) -> Check:
         for node, value, _ in run_nodes(pruned, inputs):
             actual[node.name] = value
     wrong, seen = 0, 0
-    for node in graph.module.graph.nodes:
+    for node in iterate_nodes(graph.module):
         value = actual.get(node.name)
         if isinstance(value, Tensor):
             original = node.meta["val"]
