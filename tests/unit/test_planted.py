@@ -160,7 +160,8 @@ def _gates_interleaved(walk: Walk) -> Dims:
 
 
 def _chunks_interleaved(walk: Walk) -> tuple[Dims, ...]:
-    x, dim = walk.dims(walk.args[0]), walk.arg(2, "dim", 0)
+    x = walk.dims(walk.args[0])
+    dim = resolve_dim(walk.arg(2, "dim", 0), len(x))
     part = make_axis(walk.node.meta["val"][0].shape[dim])
     walk.same(x[dim], Prod((part, walk.fixed(len(walk.node.meta["val"])))))
     return tuple((*x[:dim], part, *x[dim + 1 :]) for _ in walk.node.meta["val"])
@@ -221,9 +222,7 @@ def test_wrong_rules_are_caught(name: str, operator: Any, rule: Any, monkeypatch
         ("cross_stage", aten.split_with_sizes),
     ],
 )
-def test_sizes_that_are_not_rewritten_are_caught(
-    name: str, operator: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sizes_that_are_not_rewritten_are_caught(name: str, operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = _trace(name)
     assert operator in rewrite._FIXES
     monkeypatch.setattr(rewrite, "_FIXES", {k: v for k, v in rewrite._FIXES.items() if k != operator})

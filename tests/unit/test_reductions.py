@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.unit.operators import Between, Operator, Pictured, check_graph, sizes_of, trace_small
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from tests.unit.operators import Between, Operator, Pictured, check_graph, sizes_of, trace_small
 
 
 def _response_norm(y: Tensor) -> Tensor:
@@ -57,7 +56,7 @@ PICTURES: dict[str, Operator] = {
     "global response": _response_norm,
     "spatial attention": lambda y: y * torch.sigmoid(y.mean(1, keepdim=True) + y.amax(1, keepdim=True)),
     "channels and space": lambda y: y - y.mean((1, 2, 3), keepdim=True),
-    "channels in two runs": lambda y: (y.unflatten(1, (2, 3)) - y.unflatten(1, (2, 3)).mean(2, keepdim=True)).flatten(1, 2),
+    "channels in two runs": lambda y: (y.view(-1, 2, 3, 6, 6) - y.view(-1, 2, 3, 6, 6).mean(2, True)).flatten(1, 2),
 }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.unit.operators import Between, Operator, Pictured, check_graph, sizes_of, trace_small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jettison.cost.macs import count
 from jettison.graph.groups import trace
 from jettison.testing import randomise
-from tests.unit.operators import Between, Operator, Pictured, check_graph, sizes_of, trace_small
 
 ROWS = torch.tensor([3, 0, 3])
 

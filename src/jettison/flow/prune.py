@@ -15,6 +15,7 @@ from jettison.flow.delivering import ResultKind, check_kind, deliver_kept
 from jettison.flow.reading import check_graph, read_calibration
 from jettison.graph.depth import drop
 from jettison.graph.depth import drop_blocks as drop_blocks_of
+from jettison.graph.expressible import find_inexpressible
 from jettison.graph.groups import Graph, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
@@ -49,8 +50,9 @@ def prune(
     `drop_blocks` names residual blocks to leave out whole (`find_blocks` lists them; a module's name stands for all in
     it). `free_outputs`, all or by number, may lose channels too.
     The result is in eval mode and has the caller's own class. Submodules whose source does not allow that become
-    graphs, or else the whole network does, and a UserWarning says why. `result="eager"` raises FixedSize where only
-    the graph of the whole could be had; `result="graph"` gives always that. Raises InputError, UnknownName and what
+    graphs, or else the whole network does, and a UserWarning says why. With `result="eager"` all stays the caller's
+    own class: groups that its source cannot express stay whole, which a UserWarning says, and FixedSize is raised
+    where that leaves nothing; `result="graph"` gives always the graph. Raises InputError, UnknownName and what
     `trace` raises.
     """
     check_kind(result)
@@ -71,12 +73,22 @@ def prune(
             layers = find_layers(graph.module)
             moments = collect_moments(graph.module, layers, batches, positions=recipe.positions, seed=seed)
         graph, kept = _rank(graph, counts, ranker, moments, recipe, seed)
+        whole = find_inexpressible(model, graph, kept) if result == "eager" else {}
+        if whole and len(whole) == len(kept):
+            raise FixedSize(next(iter(whole.values())))
+        kept = {name: positions for name, positions in kept.items() if name not in whole}
         small = prune_graph(graph, kept).module
         if batches and kept:
             recalibrate(graph, small, graph.keeps(kept), batches, positions=recipe.positions, seed=seed)
         delivered = deliver_kept(model, graph, kept, small, result=result)
     if refusal:
         warnings.warn(refusal, stacklevel=2)
+    if whole:
+        warnings.warn(
+            f"{len(whole)} prune groups stay whole, for the network's source fixes their sizes, first "
+            f"{next(iter(whole))!r}. {next(iter(whole.values()))}",
+            stacklevel=2,
+        )
     if delivered.note and result != "graph":
         warnings.warn(delivered.note, stacklevel=2)
     return delivered.module

@@ -59,7 +59,7 @@ class CallNodes:
         for node in iterate_nodes(module):
             name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
             if node.op == "call_function" and name in NODE_FAMILY and node.name not in without:
-                for key in (_node_module(node), _node_place(node)):
+                for key in (node_module(node), _node_place(node)):
                     self.waiting.setdefault((NODE_FAMILY[name], key), []).append(node)
 
     def take(self, family: str, module: str, place: Place, fits: Callable[[fx.Node], bool]) -> str | None:
@@ -74,7 +74,7 @@ class CallNodes:
 
     def _is_foreign(self, node: fx.Node, module: str) -> bool:
         """Tell whether a node was made outside `module`; a view may stand in a submodule of it that reads the view."""
-        found = _node_module(node)
+        found = node_module(node)
         return found in self.modules and found != module and bool(module) and not found.startswith(f"{module}.")
 
 
@@ -249,7 +249,7 @@ def _node_place(node: fx.Node) -> Place:
     return place
 
 
-def _node_module(node: fx.Node) -> str:
+def node_module(node: fx.Node) -> str:
     """Return the innermost submodule that made a node; a later call of it is marked by a number."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]

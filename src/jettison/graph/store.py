@@ -27,8 +27,10 @@ FORMAT = "jettison.graph/1"
 
 _BUILTINS: dict[str, Callable[..., Any]] = {
     name: getattr(operator, name)
-    for name in ("getitem", "mul", "add", "sub", "floordiv", "truediv", "neg", "mod", "pow")
-    + ("and_", "or_", "eq", "ne", "ge", "gt", "le", "lt")
+    for name in (
+        *("getitem", "mul", "add", "sub", "floordiv", "truediv", "neg", "mod", "pow"),
+        *("and_", "or_", "eq", "ne", "ge", "gt", "le", "lt"),
+    )
 }
 _BUILTINS |= {name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")}
 _NAMESPACES = ("aten", "torchvision")

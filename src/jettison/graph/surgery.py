@@ -69,6 +69,17 @@ def slice_module(model: nn.Module, graph: Graph, keeps: Keeps) -> Eager:
         cutter.replace(found)
 
 
+def find_misfits(model: nn.Module, graph: Graph, keeps: Keeps) -> list[Misfit]:
+    """Say which submodules of `model` cannot express the pruned network in their own source; none where all can."""
+    sliced = slice_graph(graph, keeps)
+    proof = run_sliced(model, sliced, graph.traced)
+    args, kwargs = pytree.tree_unflatten(list(graph.traced.example), graph.traced.in_spec)
+    with forget_caches(model, args, kwargs):
+        model = copy_module(model)
+    found = _slice_around(model, Cutter(model, graph, keeps, sliced, proof))
+    return [] if isinstance(found, Eager) else found
+
+
 def _slice_around(model: nn.Module, cutter: Cutter) -> Eager | list[Misfit]:
     """Slice the copy with what `cutter` has cut out so far; or say which submodules cannot be expressed."""
     traced, sliced, proof, parts = cutter.graph.traced, cutter.sliced, cutter.proof, cutter.parts
@@ -155,8 +166,12 @@ def rebuild(
                 "Their values differ. Give a fresh instance of the very network that was compressed."
             )
     values: dict[Source, int] = {}
+    first_paths = {id(m): path for path, m in result.named_modules()}
+    # A module that is used in two places may have been named by the other: its first place held a part.
+    paths = {path: first_paths[id(m)] for path, m in result.named_modules(remove_duplicate=False)}
     for entry in attributes:
         module, name, value = entry["module"], entry["name"], entry["value"]
+        module = paths.get(module, module)
         pieces = {None: value} if isinstance(value, int) else dict(enumerate(value))
         values |= {Source(module, name, index): piece for index, piece in pieces.items()}
     known = {str(p) for p, _ in result.named_modules()}

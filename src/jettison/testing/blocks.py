@@ -176,9 +176,7 @@ class Attend(nn.Module):
         super().__init__()
         self.size, self.by, self.core, width = size, by, core, 2 * size
         self.norm = nn.LayerNorm(channels, eps=1e-3)
-        self.projections = nn.ModuleList(
-            nn.Linear(channels, width) for _ in range(3 if by == "separate" else 0)
-        )
+        self.projections = nn.ModuleList(nn.Linear(channels, width) for _ in range(3 if by == "separate" else 0))
         self.qkv = None if by == "separate" else nn.Linear(channels, 3 * width)
         self.heads = nn.ModuleList(nn.RMSNorm(size, eps=1e-3) for _ in range(2 if norm_heads else 0))
         self.out = nn.Linear(width, channels)
