@@ -1,7 +1,7 @@
 """How fast the analysis is: its growth with the number of layers, and ResNet-50 from tracing to proof beside a peer.
 
 `make coverage-speed`, in an environment that has torch-pruning and torchvision. Writes `results/analysis-speed.csv` and
-a plot of the growth, `results/analysis-speed.svg`. One thread.
+a plot of the growth, `results/analysis-speed.svg`. One thread, in processor time: another job must not count.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ def measure_growth() -> list[tuple[str, int, int, float]]:
             traced = trace_module(build(blocks).eval(), (draw(),))
             seconds = []
             for _ in range(ROUNDS):
-                start = time.perf_counter()
+                start = time.process_time()
                 build_graph(traced)
-                seconds.append(time.perf_counter() - start)
+                seconds.append(time.process_time() - start)
             rows.append((name, blocks, len(traced.module.graph.nodes), min(seconds)))
             print(f"{name:14} {blocks:4} blocks {rows[-1][2]:6} nodes {1000 * min(seconds):9.1f} ms")
     return rows
@@ -116,9 +116,9 @@ def compare_resnet50() -> list[tuple[str, float]]:
         way()  # the first run pays for imports
     for _ in range(ROUNDS):
         for name, way in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             way()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     ours, theirs = seconds.values()
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     for name, values in seconds.items():

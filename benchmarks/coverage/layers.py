@@ -73,7 +73,7 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.stem(x))
-        x = torch.cond(x.sum() > 0, lambda y: torch.relu(self.wide(y)), lambda y: torch.sigmoid(self.narrow(y)), (x,))
+        x = torch.cond(x.sum() > 0, lambda y: torch.tanh(self.wide(y)), lambda y: torch.sigmoid(self.narrow(y)), (x,))
         logits: Tensor = self.head(x)
         return logits
 

@@ -16,7 +16,8 @@ from jettison.graph.rewrite import slice_graph
 from jettison.testing import check_composition, check_masked, check_permutation, check_prediction, draw_kept
 from jettison.testing.strategies import KINDS, networks
 
-EXAMPLES = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 20
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+EXAMPLES = 1000 if DEEP else 15
 """`HYPOTHESIS_PROFILE=deep` for a night, the default for every day."""
 
 # derandomize: the same networks in every run; no deadline: two shared cores have no sense of time; without the phase
@@ -24,7 +25,7 @@ EXAMPLES = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 20
 quick = settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize=EXAMPLES == 20,
+    derandomize=not DEEP,
     database=None,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
@@ -65,7 +66,7 @@ def test_every_kind_of_block_is_exact(kind: str) -> None:
     check()
 
 
-@settings(quick, max_examples=max(EXAMPLES // 5, 6))
+@settings(quick, max_examples=max(EXAMPLES // 5, 5))
 @given(networks(3), st.integers(0, 2**16))
 def test_members_are_complete(built: tuple[nn.Module, tuple[Any, ...]], seed: int) -> None:
     torch.set_num_threads(1)
@@ -75,7 +76,7 @@ def test_members_are_complete(built: tuple[nn.Module, tuple[Any, ...]], seed: in
         assert check.passed, check
 
 
-@settings(quick, max_examples=max(EXAMPLES // 5, 6))
+@settings(quick, max_examples=max(EXAMPLES // 5, 5))
 @given(networks(3), st.integers(0, 2**16))
 def test_pruning_in_two_steps_is_pruning_once(built: tuple[nn.Module, tuple[Any, ...]], seed: int) -> None:
     torch.set_num_threads(1)

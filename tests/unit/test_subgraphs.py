@@ -326,3 +326,24 @@ def test_train_mode_reaches_inside_and_copies_have_their_own() -> None:
     assert not torch.equal(before, get_tensor(copied, "norm.running_mean"))
     copied.eval()
     assert torch.equal(copied(x), copied(x))
+
+
+def test_a_loaded_branch_can_be_trained(tmp_path: Path) -> None:
+    """Gradients reach what lies before a branch also once the graph comes from a file."""
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            z: Tensor = torch.cond(y.sum() > 0, lambda v: self.one(v).sin(), lambda v: self.two(v).cos(), (y,))
+            return z
+
+    graph = trace(Branching(), torch.randn(3, 4))
+    save_graph(graph.module, graph.traced.in_spec, graph.traced.out_spec, tmp_path)
+    loaded = load_graph(tmp_path)[0]
+    loaded(torch.randn(3, 4))[0].sum().backward()
+    stem = loaded.get_parameter("stem.weight").grad
+    assert stem is not None and bool(stem.any())

@@ -22,7 +22,9 @@ _PASS_THROUGH = (aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.fe
 def mutates(node: fx.Node) -> bool:
     """Tell whether a node writes into one of its arguments."""
     schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+    # detach_ changes no number; tracing makes it of a constant written in forward, and replaces it later.
+    writes = node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+    return writes and node.target is not aten.detach_.default
 
 
 def replace_writes(module: fx.GraphModule) -> bool:

@@ -162,7 +162,10 @@ def _build_graph(root: nn.Module, data: Mapping[str, Any]) -> fx.GraphModule:
         _check_names(entry)
         if kind == "call_function":
             target = _find_operator(target)
-        elif kind == "get_attr" and not isinstance(_find(root, target), (Tensor, fx.GraphModule)):
+        if kind == "output" or isinstance(target, torch._ops.HigherOrderOperator):
+            # Autograd does not look at a branch's operands and results in lists.
+            args = [tuple(a) if isinstance(a, list) else a for a in args]
+        if kind == "get_attr" and not isinstance(_find(root, target), (Tensor, fx.GraphModule)):
             raise KeyError(f"tensor {target!r} is not in model.safetensors")
         nodes[entry["name"]] = graph.create_node(kind, target, tuple(args), kwargs, name=entry["name"])
     return fx.GraphModule(root, graph)

@@ -28,6 +28,8 @@ from jettison.graph.subgraphs import (
     name_apart,
 )
 
+_LIBRARY = str(Path(torch.__file__).parent) + os.sep
+
 Batch = tuple[Tensor, ...]
 """The flat tensor inputs of the network, in the order of the graph's placeholders."""
 
@@ -127,12 +129,11 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
 def source_line(node: fx.Node) -> str:
     """Return the user's `file:line` that made this node: the innermost frame outside torch and site-packages."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    library = str(Path(torch.__file__).parent) + os.sep
     found = ""
     for frame in frames:
         if frame.startswith('File "'):
             file, line = frame.split('"')[1], frame.split("line ")[1].split(",")[0]
-            if not file.startswith(library) and not file.startswith("<"):
+            if not file.startswith(_LIBRARY) and not file.startswith("<"):
                 found = f"{file}:{line}"
     return found
 
@@ -261,11 +262,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_frame(error: BaseException) -> str:
-    library = str(Path(torch.__file__).parent) + os.sep
     trail, found = error.__traceback__, ""
     while trail is not None:
         file = trail.tb_frame.f_code.co_filename
-        if not file.startswith(library) and file != __file__ and not file.startswith("<"):
+        if not file.startswith(_LIBRARY) and file != __file__ and not file.startswith("<"):
             found = f"{file}:{trail.tb_lineno}"
         trail = trail.tb_next
     return found

@@ -1,8 +1,8 @@
 """What a test of pruning needs, for this project's tests and for yours: oracles, small networks, a strategy.
 
 `oracles` prove a graph, a choice or a file right or say by how much it is wrong; `models` builds one small network
-for each way axes hang together; `strategies` draws random ones (it alone needs Hypothesis, so it is not imported
-here). Refuses to know budgets, targets and reports.
+for each way axes hang together; `strategies` draws random ones from `blocks` (it alone needs Hypothesis, so it is not
+imported here). Refuses to know budgets, targets and reports.
 """
 
 from __future__ import annotations

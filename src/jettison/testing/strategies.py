@@ -46,7 +46,7 @@ def _add(draw: st.DrawFn, channels: int) -> Drawn:
 
 
 def _join(draw: st.DrawFn, channels: int) -> Drawn:
-    branches = []
+    branches: list[nn.Module] = []
     while len(branches) < 2 and channels <= 12:
         out = _pick(draw, (2, 4))
         branches.append(_convolution(draw, channels, out))
