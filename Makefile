@@ -5,7 +5,7 @@ BIN := .venv/bin
 # torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-lite0 data test quick check lint format bench docs clean
+.PHONY: help demo demo-lite0 data test quick check lint format bench coverage coverage-peers coverage-speed docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,13 +40,23 @@ format: .venv/.installed-dev  ## put the code into the common layout
 bench: .venv/.installed-dev  ## measure what benchmarks/ measures
 	$(BIN)/python -m benchmarks
 
+coverage: .venv-coverage/.installed  ## prune every model family of timm, torchvision and transformers (hours; rows already there are kept)
+	.venv-coverage/bin/python -m benchmarks.coverage
+	.venv-coverage/bin/python -m benchmarks.coverage.table
+
+coverage-peers: .venv-peers/.installed  ## the same models with torch-pruning and torch-kirigami (hours)
+	for library in torch-pruning torch-pruning-heads torch-kirigami; do .venv-peers/bin/python -m benchmarks.coverage --library $$library; done
+
+coverage-speed: .venv-peers/.installed  ## how the analysis grows, and ResNet-50 beside torch-pruning
+	.venv-peers/bin/python -m benchmarks.analysis_speed
+
 # A fresh environment each time: the reference comes from the code, which Sphinx does not see change.
 docs: .venv/.installed-docs  ## build the documentation into site/
 	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet -b html docs site
 	@echo "site/index.html"
 
 clean:  ## remove everything that can be made again, .venv included
-	rm -rf .venv site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-coverage .venv-peers site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted install is taken up again.
@@ -66,4 +76,16 @@ clean:  ## remove everything that can be made again, .venv included
 .venv/.installed-docs: .venv/.installed-dev
 	@echo "Installing Sphinx into .venv"
 	$(INSTALL) --editable '.[images,dev,docs]'
+	@touch $@
+
+.venv-coverage/.installed: pyproject.toml benchmarks/coverage/constraints.txt
+	$(PYTHON) -m venv .venv-coverage
+	@echo "Installing torch, torchvision, timm and transformers into .venv-coverage (6 GB)"
+	.venv-coverage/bin/python -m pip install --quiet --constraint benchmarks/coverage/constraints.txt --editable '.[timm,torchvision]' transformers
+	@touch $@
+
+.venv-peers/.installed: pyproject.toml benchmarks/coverage/constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	@echo "Installing torch, torchvision and the other libraries into .venv-peers (6 GB)"
+	.venv-peers/bin/python -m pip install --quiet --constraint benchmarks/coverage/constraints.txt --editable '.[timm,torchvision]' transformers torch-pruning torch-kirigami matplotlib
 	@touch $@

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.coverage.zoo import Case, find_case
+from jettison.core.errors import FixedSize
 from jettison.cost.macs import count
 from jettison.flow.delivering import deliver_kept, load, save_module
 from jettison.graph.check import check_masked
@@ -72,17 +73,29 @@ def _run_stages(case: Case, row: dict[str, Any]) -> None:
     names = {g.name for g in graph.groups}
     row["prunable"] = round(1 - _count_macs(graph, _keep(graph, 0.0, names)) / before, 3)
     row |= _prune(model, graph, _choose(graph, before, names), row, "auto")
-    if row["result"] != "eager":
-        row["stage"] = "own class: choice"
-        names -= find_inexpressible(model, graph, _keep(graph, TARGET, names)).keys()
-        found = _prune(model, graph, _choose(graph, before, names), row, "eager") if names else {"removed": 0.0}
-        row["own_class_removed"] = found["removed"]
-        row["own_class_groups"] = len(names)
-    else:
+    if row["result"] == "eager":
         row["own_class_removed"], row["own_class_groups"] = row["removed"], row["groups"]
+    else:
+        row["stage"] = "own class: choice"
+        kept = _choose_expressible(model, graph, before)
+        found = _prune(model, graph, kept, row, "eager") if kept else {"removed": 0.0}
+        row["own_class_removed"], row["own_class_groups"] = found["removed"], len(kept)
     row["stage"] = "size"
     if row["removed"] < 0.25:
         raise AssertionError(f"only {row['removed']:.0%} of the MACs could go")
+
+
+def _choose_expressible(model: nn.Module, graph: Graph, macs: int) -> dict[str, list[int]]:
+    """Choose among the groups that the model's own source can express smaller; nothing where it can express none."""
+    names = {g.name for g in graph.groups}
+    kept = _keep(graph, TARGET, names)
+    try:
+        while fixed := find_inexpressible(model, graph, kept).keys():
+            names -= fixed
+            kept = _choose(graph, macs, names)
+    except FixedSize:
+        return {}
+    return kept
 
 
 def _prune(

@@ -39,7 +39,8 @@ def picture(size: int) -> Tensor:
 def list_timm() -> list[Case]:
     """One model per module file of timm, the smallest of its file that is no test model; see timm.csv.
 
-    There, `size` is the smallest of 64, 96, 128, 160 and the model's own that it takes, `options` keep giants of many equal blocks small.
+    There, `size` is the smallest of 64, 96, 128, 160 and the model's own that it takes, `options` keep giants of many
+    equal blocks small.
     """
     with open(Path(__file__).with_name("timm.csv")) as file:
         rows = list(csv.DictReader(file))
