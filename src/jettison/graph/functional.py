@@ -38,20 +38,37 @@ def replace_writes(module: fx.GraphModule) -> bool:
         return False
     order = {n: i for i, n in enumerate(graph.nodes)}
     for node, target in zip(writes, found, strict=True):
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
+        held = _list_holders(node.args[0])
         node.target = target
-        # Whoever reads the argument afterwards reads what was written.
-        written.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])  # type: ignore[misc]
+        # Whoever reads the argument afterwards, under whatever name, reads what was written.
+        for holder in held:
+            holder.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])  # type: ignore[misc]
     return True
+
+
+def _list_holders(node: Any) -> list[fx.Node]:
+    """Return the nodes whose result is the very tensor of `node`, before and after operators that pass it through."""
+    while _passes_through(node):
+        node = node.args[0]
+    held = [node]
+    for holder in held:
+        held += [user for user in holder.users if _passes_through(user)]
+    return held
+
+
+def _passes_through(node: fx.Node) -> bool:
+    return getattr(node.target, "overloadpacket", None) in _PASS_THROUGH
 
 
 def _find_replacement(node: fx.Node) -> Any:
     """Return the operator that does the same without writing; None where someone else may hold the argument."""
     written = node.args[0] if node.args else None
-    if not isinstance(written, fx.Node) or written.op != "call_function" or _shares_memory(written):
+    if not isinstance(written, fx.Node):
         return None
-    if any(_shares_memory(user) for user in written.users if user is not node):
+    held = _list_holders(written)
+    if held[0].op != "call_function" or _shares_memory(held[0]):
+        return None
+    if any(_shares_memory(user) for holder in held for user in holder.users if user not in (node, *held)):
         return None
     own = written.meta.get("val")
     others = [n.meta.get("val") for n in node.all_input_nodes]
@@ -67,6 +84,6 @@ def _shares_memory(node: fx.Node) -> bool:
     """Tell whether a node's result may lie in the memory of its argument."""
     if mutates(node):
         return False  # replaced in its turn, or the whole is given up
-    if getattr(node.target, "overloadpacket", None) in _PASS_THROUGH or not hasattr(node.target, "_schema"):
+    if not hasattr(node.target, "_schema"):
         return True
     return any(r.alias_info is not None for r in node.target._schema.returns)

@@ -57,12 +57,14 @@ from jettison.graph.selection import (
     list_positions,
     move_dimensions,
     narrow,
+    one_hot,
     patches_of_columns,
     pick_by_value,
     pick_number,
     pool_regions,
     run_along,
     slide,
+    spread,
 )
 from jettison.graph.trace import hint, shape_of
 
@@ -365,6 +367,8 @@ def _table() -> dict[Any, Rule]:
         (put, "index_put"),
         (index_select, "index_select"),
         (gather, "gather"),
+        (spread, "meshgrid"),
+        (one_hot, "one_hot"),
         (list_positions, "nonzero nonzero_numpy"),
         (run_along, "cumsum cumprod logcumsumexp"),
         (differences, "diff"),

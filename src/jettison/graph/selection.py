@@ -79,6 +79,18 @@ def list_positions(walk: Walk) -> Any:
     return tuple(tuple(walk.fixed(hint(s), text) for s in v.shape) for v in value)
 
 
+def spread(walk: Walk) -> tuple[Dims, ...]:
+    """Meshgrid: the numbers of several vectors along one dimension each; every output is as large as all of them."""
+    for vector in walk.args[0]:
+        walk.fix(*walk.dims(vector), because="spread out over a grid")
+    return tuple(tuple(walk.fixed(hint(s), "a grid") for s in v.shape) for v in walk.node.meta["val"])
+
+
+def one_hot(walk: Walk) -> Dims:
+    """A new last dimension that counts classes."""
+    return (*walk.dims(walk.args[0]), walk.fixed(walk.shape[-1], "counts classes"))
+
+
 def gather(walk: Walk) -> Dims | None:
     """Gather: along one dimension positions are named by number; the index lies along the others."""
     x, index = walk.dims(walk.args[0]), walk.dims(walk.args[2])
