@@ -236,3 +236,37 @@ class Literal8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.conv(x).reshape(-1, 8 * 36))
+
+
+class Sized(nn.Module):
+    """A submodule whose source holds a size, between layers that can be pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.body, self.head = nn.Linear(8, 24), Reshaped(), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(torch.relu(self.up(x))))
+        return y
+
+
+class Reshaped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(24, 16), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(torch.relu(self.one(x)).reshape(-1, 16))
+        return y
+
+
+def test_compress_keeps_the_own_class_by_leaving_whole_what_it_cannot_express() -> None:
+    model = randomise(Sized())
+    recipe = jt.Recipe(samples=64, judges=32, steps=0, rounds=4, quantize=False, multiple=1)
+    with pytest.warns(UserWarning, match=r"stay whole.*test_result_lives\.py"):
+        result = jt.compress(
+            model, torch.randn(160, 8), budget=jt.Budget(macs=0.8), recipe=recipe, quiet=True, result="eager"
+        )
+    assert type(result.model) is Sized and type(result.model.body) is Reshaped
+    assert result.model.body.one.out_features == 16 and result.record.met
+    assert result.model.up.out_features < 24 or result.model.body.two.out_features < 12

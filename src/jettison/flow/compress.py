@@ -6,6 +6,7 @@ import contextlib
 import copy
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -31,6 +32,7 @@ from jettison.flow.proving import Measurements, count_widths, measure_variants, 
 from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
+from jettison.graph.expressible import find_inexpressible
 from jettison.graph.groups import Graph, trace
 from jettison.progress import show_progress
 from jettison.pruning.choice import read_widths
@@ -111,7 +113,8 @@ def compress(
     the run's folder (a temporary one by default): started again with the same arguments, a run that was cut off goes on
     from its last finished stage. `threads` are the runtime's. `result` says what `Result.model` shall be: "auto" the
     caller's own class, with graphs where a submodule's source fixes a size, or else the graph of the whole; "eager" the
-    same without that last way out; "graph" always the graph.
+    caller's own class throughout, prune groups that its source cannot express staying whole, which a UserWarning says;
+    "graph" always the graph.
 
     Raises BudgetError, carrying the best result, where the budget is not met; VerificationError where an oracle
     finds the result wrong; FixedSize where `result="eager"` cannot be had (the folder then holds the graph);
@@ -130,6 +133,8 @@ def compress(
         data, arguments, keywords = make_calibration(calibration, model, seal=evaluate is None, seed=seed, device=where)
         graph = _trace_small(model, arguments, keywords)
         read_widths(graph, recipe)  # refuses names that nothing answers to
+        if result == "eager" and recipe.prune:
+            recipe = _protect_inexpressible(model, graph, recipe)
         if not graph.traced.dynamic_batch:
             data = replace(data, fixed=len(graph.traced.example[0]))
         if evaluate is None:
@@ -176,9 +181,21 @@ def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, comman
     write_html(record, path / "report.html")
     result = Result(delivered.module, plan, record, path)
     _judge(result, checks.checks)
-    if kind == "eager" and delivered.refusal:
-        raise FixedSize(delivered.refusal)
+    if kind == "eager" and delivered.kind != "eager":
+        raise FixedSize(delivered.note)
     return result
+
+
+def _protect_inexpressible(model: nn.Module, graph: Graph, recipe: Recipe) -> Recipe:
+    """Protect the groups that the network's own source cannot express at half their size."""
+    fixed = find_inexpressible(model, graph, {g.name: range(max(1, g.size // 2)) for g in graph.groups})
+    if fixed:
+        warnings.warn(
+            f"{len(fixed)} prune groups stay whole, for the network's source fixes their sizes, first "
+            f"{next(iter(fixed))!r}. {next(iter(fixed.values()))}",
+            stacklevel=3,
+        )
+    return replace(recipe, protect=(*recipe.protect, *fixed))
 
 
 def _judge(result: Result, checks: tuple[Check, ...]) -> None:
