@@ -212,3 +212,20 @@ def test_inputs_that_are_no_tensors() -> None:
 
     with pytest.raises(TraceError, match="not a tensor"):
         trace(Flagged(), (torch.randn(2, 3), True))
+
+
+def test_buffers_may_be_infinite_but_not_nan() -> None:
+    """Masks and clipping bounds hold infinity; NaN is sound nowhere."""
+
+    class Bounded(nn.Module):
+        def __init__(self, bound: float) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+            self.register_buffer("bound", torch.tensor(bound))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.minimum(self.layer(x), self.bound)
+
+    assert trace(Bounded(float("inf")), torch.randn(2, 4)).groups == ()
+    with pytest.raises(NonFiniteError, match="'bound'"):
+        trace(Bounded(float("nan")), torch.randn(2, 4))

@@ -230,9 +230,13 @@ def evaluate_node(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
 def _check_state(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        # Masks and bounds in buffers may well be infinite.
+        bad = int((~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)).sum())
+        if bad:
             raise NonFiniteError(f"Weight {name!r} holds {bad} NaN or infinite values. Load sound weights first.")
 
 
