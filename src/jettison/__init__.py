@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jettison.flow.evaluation import accuracy
     from jettison.flow.prune import prune
     from jettison.flow.stages import apply, export, measure, plan, profile, quantize, recover, sensitivity, verify
+    from jettison.graph.depth import find_blocks
     from jettison.graph.groups import Graph, trace
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _HOMES = {
     "apply": "flow.stages",
     "compress": "flow.compress",
     "export": "flow.stages",
+    "find_blocks": "graph.depth",
     "load": "flow.delivering",
     "measure": "flow.stages",
     "plan": "flow.stages",
@@ -63,6 +65,7 @@ __all__ = [
     "apply",
     "compress",
     "export",
+    "find_blocks",
     "load",
     "measure",
     "plan",

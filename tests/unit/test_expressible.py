@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +106,14 @@ def test_nothing_left_to_prune_is_an_error() -> None:
     model, x = randomise(Literal()), torch.randn(2, 3, 4, 4)
     with pytest.raises(FixedSize, match=r"test_expressible\.py:\d+"):
         jt.prune(model, x, keep=0.5, criterion="random", recipe=ONE_BY_ONE, result="eager")
+
+
+@pytest.mark.parametrize("result", ["eager", "auto", "graph"])
+@pytest.mark.filterwarnings("ignore:.*prune groups stay whole", "ignore:.*with graphs in the place")
+def test_what_is_pruned_can_be_saved_at_once(tmp_path: Path, result: str) -> None:
+    model, x = randomise(Tower()), torch.randn(2, 7, 6)
+    small = jt.prune(
+        model, x, keep=0.5, criterion="random", recipe=ONE_BY_ONE, result=result, out=tmp_path / "new" / "small"
+    )
+    again = jt.load(tmp_path / "new" / "small", model=None if result == "graph" else Tower())
+    assert torch.equal(again(x), small(x)) and list(again.state_dict()) == list(small.state_dict())

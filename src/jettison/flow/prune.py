@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from jettison.core.errors import FixedSize, InputError
 from jettison.core.recipe import Recipe
-from jettison.flow.delivering import ResultKind, check_kind, deliver_kept
+from jettison.flow.delivering import ResultKind, check_kind, deliver_kept, save_module
 from jettison.flow.reading import check_graph, read_calibration
 from jettison.graph.depth import drop
 from jettison.graph.depth import drop_blocks as drop_blocks_of
@@ -39,6 +40,7 @@ def prune(
     result: ResultKind = "auto",
     drop_blocks: Sequence[str] = (),
     free_outputs: bool | Sequence[int] = False,
+    out: Path | str | None = None,
 ) -> nn.Module:
     """Return a smaller network that keeps the given share (or count) of each prune group; `model` is left as it is.
 
@@ -48,7 +50,8 @@ def prune(
     `criterion` must be "magnitude" or "random" and the weights stay as sliced. What may be kept is the recipe's to
     say: multiples, smallest widths, protection, ties; it rounds shares, and takes counts as they are.
     `drop_blocks` names residual blocks to leave out whole (`find_blocks` lists them; a module's name stands for all in
-    it). `free_outputs`, all or by number, may lose channels too.
+    it). `free_outputs`, all or by number, may lose channels too. `out` is a folder to save the result in, without
+    pickle: `load(out)` and `load(out, model=fresh)` bring it back.
     The result is in eval mode and has the caller's own class. Submodules whose source does not allow that become
     graphs, or else the whole network does, and a UserWarning says why. With `result="eager"` all stays the caller's
     own class: groups that its source cannot express stay whole, which a UserWarning says, and FixedSize is raised
@@ -81,6 +84,9 @@ def prune(
         if batches and kept:
             recalibrate(graph, small, graph.keeps(kept), batches, positions=recipe.positions, seed=seed)
         delivered = deliver_kept(model, graph, kept, small, result=result)
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            save_module(delivered, graph, small, Path(out))
     if refusal:
         warnings.warn(refusal, stacklevel=2)
     if whole:
