@@ -141,6 +141,9 @@ def draw_growth(rows: list[tuple[str, int, int, float]], path: Path) -> None:
         linear = [1000 * mine[-1][3] * r[1] / mine[-1][1] for r in mine]
         axes.plot([r[1] for r in mine], linear, "--", color="grey", lw=0.8)
     axes.set(xscale="log", yscale="log", xlabel="blocks", ylabel="analysis, ms", title="Dashed: linear growth")
+    axes.set_xticks(BLOCKS, labels=[str(b) for b in BLOCKS])
+    axes.set_yticks([1, 3, 10, 30, 100], labels=["1", "3", "10", "30", "100"])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path)
 

@@ -105,10 +105,32 @@ def list_models(name: str, rows: list[Row]) -> list[str]:
     return write_table((*head, *(PEERS[k] for k in shown)), lines)
 
 
+def list_speed() -> list[str]:
+    """The growth of the analysis, and ResNet-50 beside a peer, as `make coverage-speed` measured them."""
+    rows = read_rows(RESULTS / "analysis-speed.csv")
+    lines = []
+    for row in rows:
+        what = f"{row['what']}, {row['blocks']} blocks, {row['nodes']} operators" if row["blocks"] else row["what"]
+        lines.append((what, f"{1000 * float(row['seconds']):.0f} ms"))
+    title = ["## Speed", "", "Processor time, one thread: the analysis alone of growing networks; then ResNet-50.", ""]
+    return [*title, *write_table(("what", "time"), lines), ""] if lines else []
+
+
 def main() -> None:
     found = {name: read_rows(RESULTS / f"coverage-{name}.csv") for name in TITLES}
     found = {name: rows for name, rows in found.items() if rows}
-    lines = [HEAD, "## Summary", "", *summarise(found), "", "## Other libraries", "", *compare(found), ""]
+    lines = [
+        HEAD,
+        "## Summary",
+        "",
+        *summarise(found),
+        "",
+        "## Other libraries",
+        "",
+        *compare(found),
+        "",
+        *list_speed(),
+    ]
     for name, rows in found.items():
         opaque = sorted({o for r in rows for o in r["opaque"].split()})
         note = (
