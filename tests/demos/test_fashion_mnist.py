@@ -37,8 +37,8 @@ def test_trained_weights(data: None) -> None:
 def test_demo_meets_its_bars(data: None, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
-        # A plan under a latency budget is made from measured times. With another job on the machine those can ask for too
-        # much, and the run then says that its budget is missed; such a run, and only such a one, is made once more.
+        # A plan under a latency budget is made from measured times. With another job on the machine those can ask for
+        # too much, and the run then says that its budget is missed; only such a run is made once more.
         code, folder = demo.main(["--out", str(tmp_path / "run"), "--steps", str(STEPS)]), tmp_path / "run"
         if code and not read_json(Record, folder / "record.json").met:
             folder = tmp_path / "again"
