@@ -87,7 +87,8 @@ def _build_vision(name: str, size: int) -> Callable[[], Built]:
 
         options: dict[str, Any] = {}
         if name in ("googlenet", "inception_v3"):
-            options["init_weights"] = False
+            # Their auxiliary classifiers run in training mode only, so that no graph of the network in use holds them.
+            options |= {"init_weights": False, "aux_logits": False}
         if "deeplab" in name or "fcn" in name or "lraspp" in name:
             options["weights_backbone"] = None
         return get_model(name, weights=None, **options).eval(), (picture(size),), {}
