@@ -137,7 +137,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     # Processor time, not the clock's: another job on the machine must not make a timeout.
-    resource.setrlimit(resource.RLIMIT_CPU, (given.limit, given.limit + 5))  # at the second one the system kills
+    # At the second limit the system kills.
+    resource.setrlimit(resource.RLIMIT_CPU, (given.limit, given.limit + 5))
     warnings.simplefilter("ignore")
     print(json.dumps(run(find_case(given.collection, given.name), given.library)))
 

@@ -35,8 +35,8 @@ Every model is traced without hints, pruned to half of its MACs with random choi
 - **own class**: share of the MACs that went where all had to stay the model's own class (`result="eager"`): prune
   groups that its source cannot express stay whole.
 - Other libraries ran the same models with their defaults, asked for half of the channels, the layers of the outputs
-  left alone, at least 60 seconds of processor time each. *Works* there means: runs, the outputs keep their shapes and are
-  finite, a quarter of the MACs is gone; whether the network is right was not checked.
+  left alone, at least 60 seconds of processor time each. *Works* there means: runs, the outputs keep their shapes and
+  are finite, a quarter of the MACs is gone; whether the network is right was not checked.
 """
 
 
