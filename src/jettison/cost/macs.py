@@ -133,19 +133,21 @@ class _Sizes:
 
     def bytes(self, node: fx.Node) -> int:
         """Return the bytes of all tensors a node yields."""
-        value = _value(node)
-        tensors = value if isinstance(value, (list, tuple)) else [value]
         return sum(
             math.prod(self.number(n) for n in t.shape) * t.element_size()
-            for t in tensors
-            if isinstance(t, torch.Tensor) and not any(map(_depends_on_values, t.shape))
+            for t in _list_tensors(node)
+            if not any(map(_depends_on_values, t.shape))
         )
 
     def knows(self, node: fx.Node) -> bool:
         """Tell whether the sizes of a node's tensors follow from those of the inputs."""
-        value = _value(node)
-        tensors = value if isinstance(value, (list, tuple)) else [value]
-        return not any(_depends_on_values(n) for t in tensors if isinstance(t, torch.Tensor) for n in t.shape)
+        return not any(_depends_on_values(n) for t in _list_tensors(node) for n in t.shape)
+
+
+def _list_tensors(node: fx.Node) -> list[torch.Tensor]:
+    """Return all tensors a node yields."""
+    value = _value(node)
+    return [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
 
 
 def _depends_on_values(size: int | torch.SymInt) -> bool:
