@@ -32,7 +32,7 @@ from jettison.flow.proving import Measurements, count_widths, measure_variants, 
 from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
-from jettison.graph.expressible import find_inexpressible
+from jettison.graph.expressible import explain_whole, find_inexpressible
 from jettison.graph.groups import Graph, trace
 from jettison.progress import show_progress
 from jettison.pruning.choice import read_widths
@@ -190,11 +190,7 @@ def _protect_inexpressible(model: nn.Module, graph: Graph, recipe: Recipe) -> Re
     """Protect the groups that the network's own source cannot express at half their size."""
     fixed = find_inexpressible(model, graph, {g.name: range(max(1, g.size // 2)) for g in graph.groups})
     if fixed:
-        warnings.warn(
-            f"{len(fixed)} prune groups stay whole, for the network's source fixes their sizes, first "
-            f"{next(iter(fixed))!r}. {next(iter(fixed.values()))}",
-            stacklevel=3,
-        )
+        warnings.warn(explain_whole(fixed), stacklevel=3)
     return replace(recipe, protect=(*recipe.protect, *fixed))
 
 

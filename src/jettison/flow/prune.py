@@ -16,7 +16,7 @@ from jettison.flow.delivering import ResultKind, check_kind, deliver_kept, save_
 from jettison.flow.reading import check_graph, read_calibration
 from jettison.graph.depth import drop
 from jettison.graph.depth import drop_blocks as drop_blocks_of
-from jettison.graph.expressible import find_inexpressible
+from jettison.graph.expressible import explain_whole, find_inexpressible
 from jettison.graph.groups import Graph, trace
 from jettison.graph.layers import find_layers
 from jettison.graph.rewrite import prune_graph
@@ -90,11 +90,7 @@ def prune(
     if refusal:
         warnings.warn(refusal, stacklevel=2)
     if whole:
-        warnings.warn(
-            f"{len(whole)} prune groups stay whole, for the network's source fixes their sizes, first "
-            f"{next(iter(whole))!r}. {next(iter(whole.values()))}",
-            stacklevel=2,
-        )
+        warnings.warn(explain_whole(whole), stacklevel=2)
     if delivered.note and result != "graph":
         warnings.warn(delivered.note, stacklevel=2)
     return delivered.module

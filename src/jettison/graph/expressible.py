@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import fx, nn
 
 from jettison.core.errors import FixedSize
-from jettison.graph.analyse import iterate_dims
+from jettison.graph.analyse import list_terms
 from jettison.graph.axes import Atom, Keeps, is_touched, iterate_atoms
 from jettison.graph.groups import Graph
 from jettison.graph.matching import node_module
@@ -37,6 +37,14 @@ def find_inexpressible(model: nn.Module, graph: Graph, kept: Mapping[str, Iterab
     return reasons
 
 
+def explain_whole(reasons: Mapping[str, str]) -> str:
+    """Say in one sentence how many prune groups stay whole, with the first of the `reasons`; there is at least one."""
+    name, reason = next(iter(reasons.items()))
+    return (
+        f"{len(reasons)} prune groups stay whole, for the network's source fixes their sizes, first {name!r}. {reason}"
+    )
+
+
 def _blame(graph: Graph, path: str, keeps: Keeps) -> set[Atom]:
     """Return the axes whose sizes a submodule's own calls depend on, as closely as can be told."""
     own = [n for n in graph.module.graph.nodes if n.op == "call_function" and node_module(n) == path]
@@ -52,8 +60,7 @@ def _blame(graph: Graph, path: str, keeps: Keeps) -> set[Atom]:
 def _list_changed(graph: Graph, nodes: Iterable[fx.Node], keeps: Keeps) -> set[Atom]:
     changed = set()
     for node in nodes:
-        for dims in iterate_dims(graph.axes.terms.get(node, ())):
-            for term in dims:
-                if is_touched(term, keeps):
-                    changed |= {a for a in iterate_atoms(term) if a in keeps}
+        for term in list_terms(graph.axes.terms.get(node)):
+            if is_touched(term, keeps):
+                changed |= {a for a in iterate_atoms(term) if a in keeps}
     return changed
