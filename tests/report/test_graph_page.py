@@ -16,7 +16,8 @@ import torch
 
 from jettison.core.errors import StorageError
 from jettison.core.record import FrozenPart
-from jettison.graph.explain import Coupled, Explanation, Mark, Part, Row, Shares, Side, Unknown, Worth, explain
+from jettison.graph.analyse import Member
+from jettison.graph.explain import Coupled, Explanation, Mark, Row, Shares, Side, Unknown, Worth, explain
 from jettison.graph.groups import trace
 from jettison.report.graph_page import format_share, group_frozen, place_lanes, render_graph, write_graph
 from jettison.testing import build_model
@@ -40,7 +41,7 @@ def make_big() -> Explanation:
     groups, rows = [], []
     for i in range(300):
         name = f"stage{i // 60}.blocks.{i}.mlp.fc1" if i else "stem"
-        members = tuple(Part(f"{name}.part{k}.weight", k % 2) for k in range(2 if i else 600))
+        members = tuple(Member(f"{name}.part{k}.weight", k % 2) for k in range(2 if i else 600))
         groups.append(Coupled(name, 64 + i, bool(i % 7), (name, f"{name}.out"), members, worth))
         sides = (Side(64, (i,), ""), Side(32, (0,), ""), Side(3, (), "an input of the network"))
         marks = (Mark(0, "reads"), Mark(i, "makes")) if i else (Mark(0, "makes"),)
@@ -66,7 +67,7 @@ def make_hostile() -> Explanation:
         found,
         shapes={bad: (2, 3)},
         groups=tuple(
-            replace(g, name=f"{bad}.{i}", layers=(bad,), members=(Part(bad, 0), Part(LONG, 1)))
+            replace(g, name=f"{bad}.{i}", layers=(bad,), members=(Member(bad, 0), Member(LONG, 1)))
             for i, g in enumerate(found.groups)
         ),
         rows=tuple(

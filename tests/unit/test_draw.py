@@ -15,8 +15,9 @@ from jettison.core.plain import to_plain
 from jettison.core.record import FrozenPart
 from jettison.cost.macs import count
 from jettison.graph import shares
+from jettison.graph.analyse import Member
 from jettison.graph.draw import WIDTH, draw_explanation, fold_groups
-from jettison.graph.explain import Coupled, Explanation, Part, Shares, Unknown, Worth, explain
+from jettison.graph.explain import Coupled, Explanation, Shares, Unknown, Worth, explain
 from jettison.graph.groups import Graph, trace
 from jettison.graph.rewrite import prune_graph
 from jettison.graph.shares import list_quantities, sum_quantities
@@ -192,7 +193,7 @@ def test_plain() -> None:
 
 
 def make_group(name: str, members: int = 2, size: int = 8, half: float = 0.01) -> Coupled:
-    parts = tuple(Part(f"{name}.{i}.weight", 0) for i in range(members))
+    parts = tuple(Member(f"{name}.{i}.weight", 0) for i in range(members))
     worth = Worth(Shares(half * 2, half * 2), Shares(half, half), Shares(half * 1.5, half * 1.5))
     return Coupled(name, size, True, (name,), parts, worth)
 

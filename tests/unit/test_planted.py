@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from jettison.graph import groups, rewrite
-from jettison.graph.analyse import Dims, Walk
+from jettison.graph.analyse import Dims, Member, Walk
 from jettison.graph.axes import Cat, Prod, make_axis
-from jettison.graph.groups import Graph, Member, build_graph, trace
+from jettison.graph.groups import Graph, build_graph, trace
 from jettison.graph.movement import concatenate, reshape, resolve_dim, slice_dimension
 from jettison.graph.rewrite import prune_graph, slice_graph
 from jettison.graph.rules import RULES

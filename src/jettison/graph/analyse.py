@@ -17,6 +17,14 @@ Dims = tuple[Term, ...]
 """The terms of a tensor's dimensions."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a parameter or buffer whose size depends on a group."""
+
+    tensor: str
+    dim: int
+
+
 @dataclass
 class Axes:
     """What the analysis knows: terms per node and per parameter, and which operators had no rule.
@@ -209,10 +217,8 @@ def _touches_tensors(node: fx.Node, axes: Axes) -> bool:
 
 def _freeze_all(node: fx.Node, axes: Axes, reason: Reason) -> None:
     for argument in node.all_input_nodes:
-        found = axes.terms.get(argument, ())
-        for dims in found if found and isinstance(found[0], tuple) else (found,):
-            for term in dims:
-                freeze(term, reason)
+        for term in list_terms(axes.terms.get(argument)):
+            freeze(term, reason)
 
 
 def _freeze_outputs(node: fx.Node, axes: Axes, free: Sequence[int]) -> None:
@@ -240,4 +246,9 @@ def iterate_dims(found: Any) -> list[Dims]:
     return list(found) if found and isinstance(found[0], tuple) else [found]
 
 
-__all__ = ["Atom", "Axes", "Dims", "Rule", "Walk", "analyse", "iterate_dims"]
+def list_terms(found: Any) -> list[Term]:
+    """Return the terms of all that a node yields, one output or several; none for a node without terms."""
+    return [term for dims in iterate_dims(found or ()) for term in dims]
+
+
+__all__ = ["Atom", "Axes", "Dims", "Member", "Rule", "Walk", "analyse", "iterate_dims", "list_terms"]

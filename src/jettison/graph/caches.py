@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from jettison.graph.state import eval_mode, same_buffers
+
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
@@ -92,21 +94,12 @@ def _find_caches(model: nn.Module, entries: list[_Entry], args: Any, kwargs: Map
 
 def _run(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor] | None:
     """Return the outputs in eval mode; None where the forward raises."""
-    modes = {m: m.training for m in model.modules()}
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        with torch.no_grad():
-            outputs = model.eval()(*args, **kwargs)
+    with eval_mode(model), same_buffers(model), torch.no_grad():
+        try:
+            outputs = model(*args, **kwargs)
+        except Exception:  # noqa: BLE001 - a forward without what it needs may raise anything
+            return None
         return [v.clone() for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
-    except Exception:  # noqa: BLE001 - a forward without what it needs may raise anything
-        return None
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer  # a forward may put another in its place
-                buffer.copy_(value)
 
 
 def _is_same(a: list[Tensor], b: list[Tensor]) -> bool:

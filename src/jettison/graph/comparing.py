@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from jettison.core.errors import FixedSize
-from jettison.graph.matching import plain_attention, run_watched
+from jettison.graph.matching import run_watched
 from jettison.graph.provenance import Journal, Misfit
+from jettison.graph.state import plain_attention
 from jettison.graph.trace import Batch, Traced, get_tensor, run_nodes
 
 EAGER_TOLERANCE = 1e-10

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jettison.core.record import FrozenPart
-from jettison.graph.explain import Coupled, Explanation, Part, Unknown, explain
+from jettison.graph.analyse import Member
+from jettison.graph.explain import Coupled, Explanation, Unknown, explain
 
 if TYPE_CHECKING:
     from jettison.graph.groups import Graph
@@ -166,7 +167,7 @@ def _name_range(values: Sequence[int]) -> str:
     return "{" + ",".join(map(str, values)) + "}"
 
 
-def _list_members(members: Sequence[Part], width: int) -> str:
+def _list_members(members: Sequence[Member], width: int) -> str:
     """List members without the path that all of them share."""
     # The last two parts of a name, the layer's own and the tensor's, are always shown.
     paths = [m.tensor.split(".")[:-2] for m in members]
@@ -177,7 +178,7 @@ def _list_members(members: Sequence[Part], width: int) -> str:
     return _list_names(names, width) if len(names[0] + more) <= width else f"{len(names)} members"
 
 
-def _name_member(member: Part) -> str:
+def _name_member(member: Member) -> str:
     return f"{member.tensor}:{member.dim}"
 
 

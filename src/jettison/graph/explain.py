@@ -9,13 +9,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from jettison.core.record import FrozenPart
-from jettison.graph.analyse import iterate_dims
+from jettison.graph.analyse import Member, list_terms
 from jettison.graph.axes import Atom, Keeps, Term, iterate_atoms
 from jettison.graph.shares import Quantity, list_calls, list_quantities, sum_quantities
 from jettison.graph.trace import find_attribute, source_line
@@ -46,14 +46,6 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A dimension of a tensor that a group owns positions of."""
-
-    tensor: str
-    dim: int
-
-
-@dataclass(frozen=True)
 class Coupled:
     """A prune group: `size` positions, every dimension of every tensor that shrinks with it, and its worth."""
 
@@ -61,7 +53,7 @@ class Coupled:
     size: int
     exact: bool
     layers: tuple[str, ...]
-    members: tuple[Part, ...]
+    members: tuple[Member, ...]
     worth: Worth
 
 
@@ -186,7 +178,7 @@ def _describe_groups(
             g.size,
             g.exact,
             g.layers,
-            tuple(Part(m.tensor, m.dim) for m in g.members),
+            g.members,
             _find_worth([g], touched[g.atom], totals),
         )
         for g in groups
@@ -241,14 +233,10 @@ def _find_role(atom: Atom, node: fx.Node, graph: Graph) -> str:
         atom in iterate_atoms(term)
         for argument in node.all_input_nodes
         if argument.op != "get_attr"
-        for term in _list_terms(graph.axes.terms.get(argument))
+        for term in list_terms(graph.axes.terms.get(argument))
     )
-    makes = any(atom in iterate_atoms(term) for term in _list_terms(graph.axes.terms.get(node)))
+    makes = any(atom in iterate_atoms(term) for term in list_terms(graph.axes.terms.get(node)))
     return "keeps" if reads == makes else "reads" if reads else "makes"
-
-
-def _list_terms(found: Any) -> list[Term]:
-    return [term for dims in iterate_dims(found) for term in dims] if found else []
 
 
 def _name_row(node: fx.Node, tensor: str | None) -> str:
@@ -300,4 +288,4 @@ def _list_unknown(graph: Graph) -> tuple[Unknown, ...]:
     return tuple(Unknown(*key, count) for key, count in found.items())
 
 
-__all__ = ["Coupled", "Explanation", "Mark", "Part", "Row", "Shares", "Side", "Unknown", "Worth", "explain"]
+__all__ = ["Coupled", "Explanation", "Mark", "Row", "Shares", "Side", "Unknown", "Worth", "explain"]

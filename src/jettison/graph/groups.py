@@ -12,20 +12,12 @@ from torch import Tensor, fx, nn
 
 from jettison.core.errors import InputError, UnknownName
 from jettison.core.record import FrozenPart
-from jettison.graph.analyse import Axes, analyse
+from jettison.graph.analyse import Axes, Member, analyse
 from jettison.graph.axes import Atom, iterate_atoms
 from jettison.graph.draw import draw_graph
 from jettison.graph.rules import RULES, elementwise
 from jettison.graph.subgraphs import walk_nodes
 from jettison.graph.trace import Traced, find_attribute, get_tensor, trace_module
-
-
-@dataclass(frozen=True)
-class Member:
-    """A dimension of a parameter or buffer whose size depends on a group."""
-
-    tensor: str
-    dim: int
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from jettison.core.errors import FixedSize
 from jettison.graph.axes import Keeps, is_touched
 from jettison.graph.comparing import Proof, list_tensors, measure_error, prepare, tolerance_of, vary_constants
 from jettison.graph.groups import Graph
-from jettison.graph.matching import plain_attention
 from jettison.graph.provenance import Misfit
+from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes, list_regions
 from jettison.graph.trace import Batch, find_attribute, nest, run_nodes
 from jettison.graph.trainable import PLAIN, install_part

@@ -29,6 +29,7 @@ from jettison.graph.provenance import (
     tag_attributes,
 )
 from jettison.graph.sizes import FUNCTIONS, NODE_FAMILY, Call, list_slices
+from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes
 from jettison.graph.trace import Traced, hint, shape_of
 
@@ -195,17 +196,6 @@ def _opened() -> Iterator[None]:
         yield
     finally:
         vars(F)["has_torch_function"] = before
-
-
-@contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Within the block torch's fused transformer kernels are off."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # as when the graph was traced
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _error_place(error: BaseException) -> Place:

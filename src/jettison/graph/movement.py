@@ -71,11 +71,8 @@ def slice_dimension(walk: Walk) -> Dims:
         walk.fix(x[dim], because="sliced with a stride")
         out[dim] = walk.fixed(kept, "sliced with a stride")
         return tuple(out)
-    start = min(start + size if start < 0 else start, size)
-    parts = (make_axis(start), make_axis(kept), make_axis(size - start - kept))
-    sizes = (start, kept, size - start - kept)
-    walk.same(x[dim], Cat(tuple(p for p, s in zip(parts, sizes, strict=True) if s)))
-    out[dim] = parts[1]
+    out[dim] = make_axis(kept)
+    cut_out(walk, x[dim], start, out[dim])
     return tuple(out)
 
 
@@ -93,9 +90,7 @@ def slice_scatter(walk: Walk) -> Dims | None:
     if step != 1 or not isinstance(start, int):
         walk.fix(x[dim], source[dim], because="written with a stride")
         return x
-    start = min(start + size if start < 0 else start, size)
-    sides = [make_axis(n) if n else None for n in (start, size - start - count)]
-    walk.same(x[dim], Cat(tuple(t for t in (sides[0], source[dim], sides[1]) if t is not None)))
+    cut_out(walk, x[dim], start, source[dim])
     return x
 
 
@@ -327,6 +322,18 @@ def put(walk: Walk) -> Dims | None:
     if behind and values:
         walk.broadcast([behind, values[-len(behind) :]])
     return x
+
+
+def cut_out(walk: Walk, whole: Term, start: int, middle: Term) -> None:
+    """State that `whole` is what comes before `middle`, `middle` from position `start` on, and what comes after."""
+    start = resolve_start(start, whole.size)
+    before, after = (make_axis(n) for n in (start, whole.size - start - middle.size))
+    walk.same(whole, Cat(tuple(t for t in (before, middle, after) if t.size)))
+
+
+def resolve_start(start: int, size: int) -> int:
+    """Return the first position of a slice counted from the front, at most `size`."""
+    return min(start + size if start < 0 else start, size)
 
 
 def resolve_dim(dim: int, rank: int) -> int:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from jettison.core.errors import TraceError
-from jettison.graph.analyse import Axes, Dims, iterate_dims
-from jettison.graph.axes import Cat, Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
+from jettison.graph.analyse import Axes, Dims, iterate_dims, list_terms
+from jettison.graph.axes import Keeps, Term, count_kept, evaluate_mask, is_touched, resolve
 from jettison.graph.groups import Graph, build_graph
-from jettison.graph.rules import resolve_dim
+from jettison.graph.movement import resolve_dim, resolve_start
 from jettison.graph.subgraphs import iterate_nodes
 from jettison.graph.trace import find_attribute, get_tensor, shape_of
 
@@ -145,12 +145,8 @@ def _rewrite_node(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> Non
 
 def _is_near(node: fx.Node, axes: Axes, keeps: Keeps) -> bool:
     """Tell whether an input or output of this node changes size."""
-    for other in (node, *node.all_input_nodes):
-        found = axes.terms.get(other) or ()
-        for dims in found if found and isinstance(found[0], tuple) else (found,):
-            if any(is_touched(t, keeps) for t in dims):
-                return True
-    return False
+    near = (node, *node.all_input_nodes)
+    return any(is_touched(t, keeps) for other in near for t in list_terms(axes.terms.get(other)))
 
 
 def _set(copy: fx.Node, index: int, name: str, value: Any) -> None:
@@ -210,6 +206,11 @@ def _fix_split(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     copy.kwargs = {}
 
 
+def _count_before(term: Term, start: int, keeps: Keeps) -> int:
+    """Return how many positions stay before `start`, which may be counted from the end."""
+    return int(evaluate_mask(term, keeps)[: resolve_start(start, term.size)].sum())
+
+
 def _fix_slice(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     assert isinstance(node.args[0], fx.Node)
     source: Dims = axes.terms[node.args[0]]
@@ -220,10 +221,7 @@ def _fix_slice(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
         return
     out: Term = axes.terms[node][dim]
     start = node.args[2] if len(node.args) > 2 else node.kwargs.get("start", 0)
-    start = start if isinstance(start, int) else 0
-    size = resolve(source[dim]).size
-    start = min(start + size if start < 0 else start, size)
-    before = int(evaluate_mask(Cat((source[dim],)), keeps)[:start].sum())
+    before = _count_before(source[dim], start if isinstance(start, int) else 0, keeps)
     _set(copy, 2, "start", before)
     _set(copy, 3, "end", before + count_kept(out, keeps))
 
@@ -237,9 +235,7 @@ def _fix_scatter(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None
     dim = resolve_dim(dim, len(target))
     if not is_touched(target[dim], keeps):
         return
-    start = start if isinstance(start, int) else 0
-    start = start if start >= 0 else start + target[dim].size
-    before = int(evaluate_mask(target[dim], keeps)[:start].sum())
+    before = _count_before(target[dim], start if isinstance(start, int) else 0, keeps)
     _set(copy, 3, "start", before)
     _set(copy, 4, "end", before + count_kept(source[dim], keeps))
 
@@ -248,8 +244,7 @@ def _fix_narrow(node: fx.Node, copy: fx.Node, axes: Axes, keeps: Keeps) -> None:
     assert isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int) and isinstance(node.args[2], int)
     source: Dims = axes.terms[node.args[0]]
     dim = resolve_dim(node.args[1], len(source))
-    start = node.args[2] if node.args[2] >= 0 else node.args[2] + source[dim].size
-    copy.update_arg(2, int(evaluate_mask(source[dim], keeps)[:start].sum()))
+    copy.update_arg(2, _count_before(source[dim], node.args[2], keeps))
     copy.update_arg(3, count_kept(axes.terms[node][dim], keeps))
 
 

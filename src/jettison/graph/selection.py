@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from jettison.graph.analyse import Dims, Walk
-from jettison.graph.axes import ONE, Cat, Prod, Term, make_axis
-from jettison.graph.movement import resolve_dim
+from jettison.graph.axes import ONE, Prod, Term, make_axis
+from jettison.graph.movement import cut_out, resolve_dim
 from jettison.graph.trace import hint
 
 
@@ -155,11 +155,8 @@ def narrow(walk: Walk) -> Dims | None:
     dim, start, length = resolve_dim(walk.args[1], len(x)), walk.args[2], walk.args[3]
     if not isinstance(start, int) or not isinstance(length, int):
         return None
-    size = x[dim].size
-    start = start + size if start < 0 else start
     middle: Term = make_axis(length)
-    parts = [make_axis(n) if n else None for n in (start, size - start - length)]
-    walk.same(x[dim], Cat(tuple(t for t in (parts[0], middle, parts[1]) if t is not None)))
+    cut_out(walk, x[dim], start, middle)
     return (*x[:dim], middle, *x[dim + 1 :])
 
 

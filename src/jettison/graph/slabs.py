@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from jettison.core.errors import InputError, VerificationError
-from jettison.graph.analyse import Axes, Dims, iterate_dims
+from jettison.graph.analyse import Axes, Dims, iterate_dims, list_terms
 from jettison.graph.axes import ONE, Atom, Cat, Prod, Term, iterate_atoms, resolve
 from jettison.graph.check import measure_difference, run_double
 from jettison.graph.groups import Graph, Group, build_graph
@@ -76,7 +76,7 @@ def _find_touching(graph: Graph, atom: Atom) -> list[fx.Node]:
     """Return the calls that read or make a tensor with that axis, those of sub-graphs too."""
 
     def has(node: fx.Node) -> bool:
-        return any(atom in iterate_atoms(t) for d in iterate_dims(graph.axes.terms.get(node, ())) for t in d)
+        return any(atom in iterate_atoms(t) for t in list_terms(graph.axes.terms.get(node)))
 
     bearing = {node for node in iterate_nodes(graph.module) if has(node)}
     return [

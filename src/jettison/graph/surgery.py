@@ -56,14 +56,9 @@ def slice_module(model: nn.Module, graph: Graph, keeps: Keeps) -> Eager:
     example inputs, in float64 wherever the graph runs in it. Raises FixedSize, with the user's line, where only the
     whole network could be replaced.
     """
-    sliced = slice_graph(graph, keeps)
-    proof = run_sliced(model, sliced, graph.traced)
-    args, kwargs = pytree.tree_unflatten(list(graph.traced.example), graph.traced.in_spec)
-    with forget_caches(model, args, kwargs):
-        model = copy_module(model)
-    cutter = Cutter(model, graph, keeps, sliced, proof)
+    cutter = _make_cutter(model, graph, keeps)
     while True:
-        found = _slice_around(model, cutter)
+        found = _slice_around(cutter)
         if isinstance(found, Eager):
             return found
         cutter.replace(found)
@@ -71,17 +66,23 @@ def slice_module(model: nn.Module, graph: Graph, keeps: Keeps) -> Eager:
 
 def find_misfits(model: nn.Module, graph: Graph, keeps: Keeps) -> list[Misfit]:
     """Say which submodules of `model` cannot express the pruned network in their own source; none where all can."""
+    found = _slice_around(_make_cutter(model, graph, keeps))
+    return [] if isinstance(found, Eager) else found
+
+
+def _make_cutter(model: nn.Module, graph: Graph, keeps: Keeps) -> Cutter:
+    """Slice the graph, run it for the proof, and copy `model` without what its forward computes anew."""
     sliced = slice_graph(graph, keeps)
     proof = run_sliced(model, sliced, graph.traced)
     args, kwargs = pytree.tree_unflatten(list(graph.traced.example), graph.traced.in_spec)
     with forget_caches(model, args, kwargs):
-        model = copy_module(model)
-    found = _slice_around(model, Cutter(model, graph, keeps, sliced, proof))
-    return [] if isinstance(found, Eager) else found
+        copied = copy_module(model)
+    return Cutter(copied, graph, keeps, sliced, proof)
 
 
-def _slice_around(model: nn.Module, cutter: Cutter) -> Eager | list[Misfit]:
+def _slice_around(cutter: Cutter) -> Eager | list[Misfit]:
     """Slice the copy with what `cutter` has cut out so far; or say which submodules cannot be expressed."""
+    model = cutter.model
     traced, sliced, proof, parts = cutter.graph.traced, cutter.sliced, cutter.proof, cutter.parts
     calls = CallNodes(traced.module, sliced, proof.shapes, {name for part in parts.values() for name in part.nodes})
     whole = copy_module(model)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
 from jettison.graph.caches import forget_caches
 from jettison.graph.functional import replace_writes
+from jettison.graph.state import eval_mode, plain_attention, same_buffers
 from jettison.graph.subgraphs import (
     Context,
     choose_region,
@@ -65,7 +66,7 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
     """
     args, kwargs = tuple(inputs), dict(kwinputs or {})
     _check_state(model)
-    with _eval_mode(model), _same_buffers(model), _quiet_export(), torch.no_grad():
+    with eval_mode(model), same_buffers(model), plain_attention(), _quiet_export(), torch.no_grad():
         _try_forward(model, args, kwargs)
         with forget_caches(model, args, kwargs):
             program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
@@ -377,36 +378,6 @@ def _register(module: nn.Module, name: str) -> None:
     if isinstance(value, Tensor) and leaf not in owner._parameters and leaf not in owner._buffers:
         delattr(owner, leaf)
         owner.register_buffer(leaf, value)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the caller's modules in eval mode and afterwards each back as it was."""
-    before = {m: m.training for m in model.modules()}
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        for module in before:
-            module.training = False
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel would be one opaque operator
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in before.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back what the caller's `forward` writes into its own buffers (counters, caches)."""
-    before = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in before:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 @contextlib.contextmanager

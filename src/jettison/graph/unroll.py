@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 
-from jettison.graph.analyse import Dims
+from jettison.graph.analyse import Dims, Member
 from jettison.graph.axes import Atom, Cat, Prod, Term, iterate_atoms, make_axis, resolve
-from jettison.graph.groups import Graph, Group, Member
+from jettison.graph.groups import Graph, Group
 from jettison.graph.slabs import Slabs, along, locate, number_slabs
 from jettison.graph.trace import get_tensor
 

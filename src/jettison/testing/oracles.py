@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from jettison.core.errors import InputError
 from jettison.core.record import Check
+from jettison.graph.analyse import Member
 from jettison.graph.axes import Atom, Cat, Keeps, Term, count_kept, resolve
 from jettison.graph.check import measure_difference, run_double
-from jettison.graph.groups import Graph, Group, Member
+from jettison.graph.groups import Graph, Group
 from jettison.graph.rewrite import prune_graph, slice_graph
 from jettison.graph.store import load_graph, save_graph
 from jettison.graph.subgraphs import iterate_nodes, list_tensors_used
