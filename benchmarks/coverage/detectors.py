@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+from benchmarks.coverage.zoo import Built
+
 SIZE = 128
 PROPOSALS = 6
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+from benchmarks.coverage.zoo import Built
 
 
 def _draw(*shape: int) -> Tensor:

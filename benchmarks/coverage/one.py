@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from benchmarks.coverage.zoo import Case, find_case
+from benchmarks.coverage.zoo import Case, find_case, list_tensors
 from jettison.core.errors import FixedSize
 from jettison.cost.macs import count
 from jettison.flow.delivering import deliver_kept, load, save_module
@@ -172,14 +172,10 @@ def _choose(graph: Graph, macs: int, names: Collection[str]) -> dict[str, list[i
     return _keep(graph, low, names)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
-
-
 def _compare(one: nn.Module, other: nn.Module, given: Any) -> None:
     args, kwargs = given
     with torch.no_grad():
-        mine, theirs = _tensors(one(*args, **kwargs)), _tensors(other(*args, **kwargs))
+        mine, theirs = list_tensors(one(*args, **kwargs)), list_tensors(other(*args, **kwargs))
     if len(mine) != len(theirs) or not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)):
         raise AssertionError("the reloaded network computes other bits")
 
@@ -190,7 +186,7 @@ def _train(model: nn.Module, given: Any) -> None:
     model.train()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    outputs = [v.float() for v in _tensors(model(*args, **kwargs)) if v.is_floating_point()]
+    outputs = [v.float() for v in list_tensors(model(*args, **kwargs)) if v.is_floating_point()]
     # Outputs that end in a norm have a constant square: only a target tells them apart.
     loss = sum((v - torch.randn_like(v)).pow(2).mean() for v in outputs)
     assert isinstance(loss, Tensor)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.coverage.zoo import Case, find_case
+from benchmarks.coverage.zoo import Case, find_case, list_tensors
 
 COLUMNS = ("collection", "model", "family", "library", "outcome", "removed", "prune_s", "peak_mb", "stage", "error")
 TIMEOUT_S = 150
@@ -43,7 +42,7 @@ def find_last_layers(model: nn.Module, args: Any, kwargs: Any) -> list[nn.Module
         if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
     ]
     with torch.no_grad():
-        outputs = _tensors(model(*args, **kwargs))
+        outputs = list_tensors(model(*args, **kwargs))
     for handle in handles:
         handle.remove()
     widths = {w for y in outputs for w in y.shape[1:]}
@@ -120,12 +119,8 @@ def run(case: Case, library: str) -> dict[str, Any]:
 
 def _shapes(model: nn.Module, args: Any, kwargs: Any) -> list[tuple[int, ...]]:
     with torch.no_grad():
-        outputs = _tensors(model(*args, **kwargs))
+        outputs = list_tensors(model(*args, **kwargs))
     return [tuple(y.shape) if bool(torch.isfinite(y).all()) else () for y in outputs]
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
 def main() -> None:

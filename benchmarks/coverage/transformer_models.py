@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Built = tuple[Any, tuple[Any, ...], dict[str, Any]]
+from benchmarks.coverage.zoo import Built
 
 TOKENS = 24
 

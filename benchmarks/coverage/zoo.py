@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 BATCH = 2
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
@@ -30,6 +31,11 @@ class Case:
 def find_case(collection: str, name: str) -> Case:
     """Return the case of that name."""
     return next(c for c in COLLECTIONS[collection]() if c.name == name)
+
+
+def list_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of whatever a network gives, in order."""
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
 
 
 def picture(size: int) -> Tensor:
