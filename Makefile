@@ -5,7 +5,7 @@ BIN := .venv/bin
 # torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-lite0 data test quick check lint format bench coverage coverage-peers coverage-speed docs clean
+.PHONY: help demo demo-lite0 data test test-targets quick check lint format bench bench-quantization coverage coverage-peers coverage-speed docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ test: .venv/.installed-dev  ## run every test (under 40 minutes on 2 cores)
 quick: .venv/.installed-dev  ## run the quick tests (under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
+test-targets: .venv-targets/.installed  ## run the tests of ExecuTorch and LiteRT, in an environment that has them
+	.venv-targets/bin/python -m pytest -p no:anyio tests/targets -k "executorch or litert"
+
 check: lint test  ## lint, types, import layers, then every test
 
 lint: .venv/.installed-dev  ## the part of check that runs no test
@@ -39,6 +42,10 @@ format: .venv/.installed-dev  ## put the code into the common layout
 
 bench: .venv/.installed-dev  ## measure what benchmarks/ measures
 	$(BIN)/python -m benchmarks
+
+bench-quantization: .venv-rivals/.installed  ## int8 here beside other libraries: accuracy, latency, size, time, memory
+	.venv-rivals/bin/python -m benchmarks.quantization
+	.venv-rivals/bin/python -m benchmarks.kernel_audit
 
 coverage: .venv-coverage/.installed  ## prune every model family of timm, torchvision and transformers (hours; rows already there are kept)
 	.venv-coverage/bin/python -m benchmarks.coverage
@@ -56,7 +63,7 @@ docs: .venv/.installed-docs  ## build the documentation into site/
 	@echo "site/index.html"
 
 clean:  ## remove everything that can be made again, .venv included
-	rm -rf .venv .venv-coverage .venv-peers site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
+	rm -rf .venv .venv-coverage .venv-peers .venv-targets .venv-rivals site build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted install is taken up again.
@@ -82,6 +89,19 @@ clean:  ## remove everything that can be made again, .venv included
 	$(PYTHON) -m venv .venv-coverage
 	@echo "Installing torch, torchvision, timm and transformers into .venv-coverage (6 GB)"
 	.venv-coverage/bin/python -m pip install --quiet --constraint benchmarks/coverage/constraints.txt --editable '.[timm,torchvision]' transformers
+	@touch $@
+
+# ExecuTorch and LiteRT hold other packages back, and their wheels are large: not in .venv.
+.venv-targets/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-targets
+	@echo "Installing ExecuTorch and LiteRT beside torch into .venv-targets (3 GB)"
+	.venv-targets/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images,dev,executorch,litert]'
+	@touch $@
+
+.venv-rivals/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-rivals
+	@echo "Installing the other quantizers into .venv-rivals (3 GB)"
+	.venv-rivals/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[images,dev,timm,executorch,litert]' nncf ai-edge-quantizer
 	@touch $@
 
 .venv-peers/.installed: pyproject.toml benchmarks/coverage/constraints.txt

@@ -415,7 +415,10 @@ def test_what_is_wrong_is_said(
 def test_public_names_are_functions_and_classes_whatever_was_imported() -> None:
     """A room with the name of a function would take its place once it is imported."""
     for found in pkgutil.walk_packages(jt.__path__, "jettison."):
-        importlib.import_module(found.name)
+        try:
+            importlib.import_module(found.name)
+        except ModuleNotFoundError as error:  # what reads a runtime's own files needs that runtime
+            assert error.name in ("executorch", "flatbuffers", "ai_edge_litert"), error
     names = [name for name in jt.__all__ if not name.startswith("__")]
     assert names == sorted(names)
     for name in names:

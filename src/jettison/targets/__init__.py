@@ -10,14 +10,21 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from jettison.core.errors import TargetMissing, UnknownName
+from jettison.core.errors import InputError, TargetMissing, UnknownName
 
-TARGETS = ("onnxruntime",)
-"""The targets a network can be compressed for; each is the module of that name here."""
+TARGETS = ("onnxruntime", "openvino", "executorch", "litert", "eager", "inductor")
+"""Where a network can run; each is the module of that name here."""
+COMPRESS_TARGETS = ("onnxruntime",)
+"""The targets that `compress` plans for: single layers are timed there."""
 
 
 def find_target(name: str) -> ModuleType:
     """Return a target's module; raises UnknownName with the nearest names, TargetMissing where it is not installed."""
+    if name == "auto":
+        raise InputError(
+            'target="auto" measures every target, which needs typical inputs. `compress` takes it; else call '
+            "jettison.choose_target(model, calibration) and pass its .recommended.target."
+        )
     if name not in TARGETS:
         raise UnknownName("target", name, TARGETS)
     target = importlib.import_module(f"jettison.targets.{name}")

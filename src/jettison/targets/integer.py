@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ class IntegerScheme:
     float32 straight from its integer kernel; the others must be followed by a quantized tensor. `fused` are
     activations that disappear into the range of the operator before them. `requantized` have their own output
     range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
-    All operator names are like "aten.conv2d.default".
+    All operator names are like "aten.conv2d.default". `bits` gives single layers, by name, fewer bits than the target's
+    own: those of the weight and those of the tensor it multiplies.
     """
 
     target: str
@@ -45,6 +46,7 @@ class IntegerScheme:
     shared: frozenset[str]
     inherited: frozenset[str]
     why: str
+    bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:

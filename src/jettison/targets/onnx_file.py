@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any
 from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
 from jettison.targets.integer import quantize_operator
+from jettison.targets.onnx_floats import keep_floats
+from jettison.targets.onnx_kinds import (
+    GROUPS_OPSET,
+    make_translations,
+    narrow_constants,
+    pack_constants,
+    read_bits,
+    read_half,
+)
 from jettison.targets.onnx_padding import fold_padding
 
 if TYPE_CHECKING:
@@ -41,10 +50,14 @@ def export(
     import onnx
 
     proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
+    pack_constants(proto, read_bits(module))
+    narrow_constants(proto, read_half(module))
     _pool_globally(proto)
     fold_padding(proto)
+    keep_floats(proto)
     _name_nodes(proto)
     _strip(proto)
+    _own_zero_points(proto.graph)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -74,11 +87,11 @@ def _convert(
                 module,
                 inputs,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=GROUPS_OPSET if read_bits(module) else OPSET,
                 input_names=list(input_names),
                 output_names=list(output_names),
                 dynamic_shapes=shapes,
-                custom_translation_table={quantize_operator(): _translate_quantize()},
+                custom_translation_table={quantize_operator(): _translate_quantize(), **make_translations()},
                 verbose=False,
                 optimize=True,
             )
@@ -115,7 +128,13 @@ def _translate_quantize() -> Callable[..., Any]:
         kind = onnx_ir.DataType(dtype).numpy()
         zero = op.Constant(value=onnx_ir.serde.serialize_tensor(onnx_ir.tensor(np.array(zero_point, kind))))
         step = op.Constant(value=onnx_ir.serde.serialize_tensor(onnx_ir.tensor(np.array(scale, np.float32))))
-        return op.QuantizeLinear(x, step, zero)
+        whole = op.QuantizeLinear(x, step, zero)
+        ends = np.iinfo(kind)
+        if (quant_min, quant_max) == (ends.min, ends.max):
+            return whole
+        # QuantizeLinear saturates at its type's ends; a coarser grid is cut in integers, so that kernels still fuse.
+        cuts = [onnx_ir.serde.serialize_tensor(onnx_ir.tensor(np.array(end, kind))) for end in (quant_min, quant_max)]
+        return op.Clip(whole, *(op.Constant(value=cut) for cut in cuts))
 
     return quantize
 
@@ -150,7 +169,7 @@ def _name_batch(proto: onnx.ModelProto) -> None:
 
 SEE_THROUGH = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast")
 WITH_WEIGHT = ("Conv", "Gemm", "MatMul", "ConvTranspose")
-BELONGING = ("Relu", "Clip", "Add", "BatchNormalization")
+BELONGING = ("Relu", "Clip", "LeakyRelu", "Add", "BatchNormalization")
 
 
 def _trace_back(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
@@ -257,3 +276,19 @@ def _strip(proto: onnx.ModelProto) -> None:
     copies = [type(constant).FromString(constant.SerializeToString()) for constant in kept]
     del graph.initializer[:]
     graph.initializer.extend(copies)
+
+
+def _own_zero_points(graph: onnx.GraphProto) -> None:
+    """Give every weight's dequantization a zero point of its own: OpenVINO leaves layers that share one in float."""
+    constants = {i.name: i for i in graph.initializer}
+    taken: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in constants or len(node.input) < 3:
+            continue
+        shared = node.input[2]
+        if shared in taken:
+            own = type(constants[shared]).FromString(constants[shared].SerializeToString())
+            own.name = f"{node.input[0]}_zero_point_{len(taken)}"
+            graph.initializer.append(own)
+            node.input[2] = own.name
+        taken.add(node.input[2])

@@ -11,25 +11,29 @@ import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jettison.core.errors import CheckpointError, ShapeError, TargetMissing
+from jettison.core.errors import CheckpointError, TargetMissing
 from jettison.core.record import TimeShare
+from jettison.targets.audit import Operator, check_precision, name_product, tell_integers
+from jettison.targets.feeding import predict as predict
 from jettison.targets.integer import IntegerScheme, Levels
+from jettison.targets.memory import measure_growth
 from jettison.targets.onnx_file import export as export
+from jettison.targets.onnx_layers import PRODUCTS
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
 LABEL = "ONNX Runtime"
+SUFFIX = ".onnx"
+PRECISIONS = ("fp32", "int8")
+"""What its files can compute in; the file itself says which, by its QuantizeLinear nodes."""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -125,12 +129,14 @@ class Session:
         return outputs
 
 
-def load(path: Path, *, threads: int) -> Session:
+def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
     """Load a file with full graph optimisation; `threads` compute one operator, operators run one by one.
 
-    Every file gets the same settings. Threads spin while they wait, as is ONNX Runtime's default.
-    Raises TargetMissing where onnxruntime is not installed, CheckpointError where the file is not a network.
+    Every file gets the same settings, whatever the `precision`, which the file decides. Threads spin while they wait,
+    as is ONNX Runtime's default. Raises TargetMissing where onnxruntime is not installed, CheckpointError where the
+    file is not a network, UnknownName for a precision it has not.
     """
+    check_precision(precision, PRECISIONS)
     session = _open(path, _make_options(threads))
     return Session(
         session,
@@ -171,43 +177,6 @@ def _make_options(threads: int) -> Any:
     return options
 
 
-def predict(session: Session, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Run tensors through a file; a file with a fixed batch gets them in pieces of its size.
-
-    Raises ShapeError where the number of inputs or a shape does not fit, or the batch is no multiple of the file's.
-    """
-    import numpy as np
-    import torch
-
-    arrays = [np.ascontiguousarray(x.detach().cpu().numpy()) for x in inputs]
-    _check_shapes(session, arrays)
-    fixed = session.input_shapes[0][0] if session.input_shapes and session.input_shapes[0] else None
-    if fixed is None or arrays[0].shape[0] == fixed:
-        return tuple(torch.from_numpy(y) for y in session.run(arrays))
-    count = arrays[0].shape[0]
-    pieces = [session.run([a[i : i + fixed] for a in arrays]) for i in range(0, count, fixed)]
-    return tuple(torch.from_numpy(np.concatenate(parts)) for parts in zip(*pieces, strict=True))
-
-
-def _check_shapes(session: Session, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
-    if len(arrays) != len(session.input_names):
-        raise ShapeError(
-            f"{len(arrays)} inputs were given to a file that takes {len(session.input_names)}. "
-            f"It takes {', '.join(session.input_names)}. Give one tensor for each."
-        )
-    for name, shape, array in zip(session.input_names, session.input_shapes, arrays, strict=True):
-        fits = len(shape) == array.ndim and all(
-            want in (None, have) or (axis == 0 and want is not None and want > 0 and have % want == 0 and have > 0)
-            for axis, (want, have) in enumerate(zip(shape, array.shape, strict=True))
-        )
-        if not fits:
-            raise ShapeError(
-                f"Input {name!r} has shape {tuple(array.shape)}, but the file takes {shape} (None is free). "
-                "A fixed batch can only be split where it divides the inputs. Change the inputs, or export with "
-                "dynamic_batch=True."
-            )
-
-
 def profile(
     path: Path, arrays: Sequence[np.ndarray[Any, Any]], *, threads: int, runs: int = 50
 ) -> tuple[TimeShare, ...]:
@@ -215,24 +184,8 @@ def profile(
 
     The profiler itself costs a microsecond or so per operator; use `timing` for the network's latency.
     """
-    options = _make_options(threads)
-    options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _open(path, options)
-        names = [i.name for i in session.get_inputs()]
-        warm = max(3, runs // 10)
-        for _ in range(warm + runs):
-            session.run(None, dict(zip(names, arrays, strict=True)))
-        events = json.loads(Path(session.end_profiling()).read_text())
-    times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            key = event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]
-            times[key].append(event["dur"] / 1000)
-    shares = [
-        TimeShare(_plain_name(name), operator, statistics.median(ms[warm:])) for (name, operator), ms in times.items()
-    ]
+    found = list_operators(path, arrays, threads=threads, runs=runs)
+    shares = [TimeShare(operator.name, operator.kernel, operator.ms or 0.0) for operator in found]
     return tuple(sorted(shares, key=lambda share: -share.ms))
 
 
@@ -249,9 +202,14 @@ INTEGER_OPERATORS = frozenset(
         "MatMulInteger",
         "MatMulIntegerToFloat",
         "DynamicQuantizeMatMul",
+        "DynamicQuantizeLSTM",
         "QLinearMatMul",
+        "QAttention",
     }
 )
+ROUNDING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+MOVING = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice"})
+TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 
 
 def audit(path: Path, layers: Sequence[str]) -> dict[str, bool]:
@@ -260,83 +218,125 @@ def audit(path: Path, layers: Sequence[str]) -> dict[str, bool]:
     A layer is found by its weight's name in the file (`export` keeps the dotted names) or by its node's name.
     It counts as integer only if every operator found for it is an integer one.
     """
+    return tell_integers(layers, list_operators(path, None, threads=1))
+
+
+def list_operators(
+    path: Path,
+    arrays: Sequence[np.ndarray[Any, Any]] | None,
+    *,
+    threads: int,
+    precision: str = "fp32",
+    runs: int = 50,
+) -> tuple[Operator, ...]:
+    """Return the operators of the runtime's own optimised graph in its order, with times where `arrays` are given."""
     import onnx
 
+    check_precision(precision, PRECISIONS)
+    options = _make_options(threads)
     with tempfile.TemporaryDirectory() as folder:
-        options = _make_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
-        _open(path, options)
+        if arrays is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+        session = _open(path, options)
         graph = onnx.load(options.optimized_model_filepath).graph
+        timed = {} if arrays is None else _time_nodes(session, arrays, runs)
     producers = {output: node for node in graph.node for output in node.output}
-    found: dict[str, list[bool]] = {layer: [] for layer in layers}
+    outside = {value.name for value in graph.input}, {value.name for value in graph.output}
+    readers: dict[str, list[Any]] = defaultdict(list)
     for node in graph.node:
-        layer = _find_layer(node, producers, found)
-        if layer is not None:
-            found[layer].append(node.op_type in INTEGER_OPERATORS)
-    return {layer: bool(kinds) and all(kinds) for layer, kinds in found.items()}
+        for value in node.input:
+            readers[value].append(node)
+    constants = {value.name for value in graph.initializer}
+    found = []
+    for node in graph.node:
+        ms, kind = timed.get(node.name, (None, ""))
+        alone = node.op_type in ROUNDING and not _at_an_end(node, producers, readers, outside, constants)
+        covers = () if node.op_type in (*ROUNDING, *MOVING) else _list_covered(node, producers)
+        found.append(Operator(_plain_name(node.name), node.op_type, _tell_precision(node, kind), covers, alone, ms))
+    return tuple(found)
 
 
-def _find_layer(node: Any, producers: dict[str, Any], layers: dict[str, list[bool]]) -> str | None:
-    """Return the layer whose weight this operator multiplies with, looking through what only unpacks the weight."""
-    if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast", "Reshape"):
-        return None
-    if _plain_name(node.name) in layers:
-        return _plain_name(node.name)
+def _time_nodes(session: Any, arrays: Sequence[np.ndarray[Any, Any]], runs: int) -> dict[str, tuple[float, str]]:
+    """Return each node's median milliseconds and the element type of its first input."""
+    names = [i.name for i in session.get_inputs()]
+    warm = max(3, runs // 10)
+    for _ in range(warm + runs):
+        session.run(None, dict(zip(names, arrays, strict=True)))
+    times: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, str] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            times[name].append(event["dur"] / 1000)
+            kinds[name] = next((kind for given in event["args"].get("input_type_shape", ()) for kind in given), "")
+    return {name: (statistics.median(ms[warm:]), kinds[name]) for name, ms in times.items()}
+
+
+def _tell_precision(node: Any, kind: str) -> str:
+    if node.op_type in ROUNDING:
+        return "rounding"
+    if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear"):
+        return "int8"
+    return TYPES.get(kind, "fp32" if not kind else "other")
+
+
+def _list_covered(node: Any, producers: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of what this operator computes: its own, and the weights it reads, unpacked or not."""
+    names = [_plain_name(node.name)]
+    if node.op_type.removeprefix("Fused") in PRODUCTS:
+        # A product is named after the last of what it has taken in: "conv.relu", "matmul/MatMulScaleFusion/".
+        names.append(name_product(names[0]))
     for name in node.input:
         while name in producers and producers[name].op_type in ("DequantizeLinear", "Transpose", "Cast"):
             name = producers[name].input[0]
-        layer = name.removesuffix("_nchwc").removesuffix(".weight")
-        if layer in layers and layer != name:
-            return str(layer)
-    return None
+        if name not in producers:
+            names.append(name.removesuffix("_nchwc"))
+    return tuple(names)
 
 
-_MEMORY_SCRIPT = """
-import resource, sys
-import numpy as np, onnxruntime as ort
-path, threads = sys.argv[1], int(sys.argv[2])
-options = ort.SessionOptions()
-options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+def _at_an_end(
+    node: Any,
+    producers: Mapping[str, Any],
+    readers: Mapping[str, Sequence[Any]],
+    outside: tuple[set[str], set[str]],
+    constants: set[str],
+) -> bool:
+    """Say if a rounding stands where it must: at the network's input, at its output, or on a constant."""
+    name = node.input[0]
+    while name in producers and producers[name].op_type in MOVING:
+        name = producers[name].input[0]
+    if name in outside[0] or name in constants:
+        return True
+    name = node.output[0]
+    while name not in outside[1]:
+        following = readers.get(name, ())
+        if len(following) != 1 or following[0].op_type not in MOVING:
+            return False
+        name = following[0].output[0]
+    return True
 
-def peak_bytes():
-    try:
-        line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-try:
-    open("/proc/self/clear_refs", "w").write("5")
-except OSError:
-    pass
-before = peak_bytes()
-session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": bool}
-shape = lambda i: [d if isinstance(d, int) else 1 for d in i.shape]
-feed = {i.name: np.zeros(shape(i), kinds[i.type]) for i in session.get_inputs()}
-for _ in range(5):
-    session.run(None, feed)
-print(peak_bytes() - before)
+_START = """
+import onnxruntime as ort
+
+def start(path, threads):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": bool}
+    shape = lambda i: [d if isinstance(d, int) else 1 for d in i.shape]
+    feed = {i.name: np.zeros(shape(i), kinds[i.type]) for i in session.get_inputs()}
+    return lambda: session.run(None, feed)
 """
-# Linux hands ru_maxrss down through fork and exec, so that under a large parent it would never grow: VmHWM starts anew,
-# and clear_refs sets it back to what is resident, so that the peak of the imports does not hide the network's.
 
 
 def measure_peak_memory(path: Path, *, threads: int) -> int:
-    """Return by how many bytes the peak resident memory of a fresh process grows through this network.
+    """Return by how many bytes the peak resident memory of a fresh process grows through this network at batch 1.
 
-    The process imports onnxruntime and numpy only; counted is its highest resident set from just before the file is
-    loaded to the end of five inferences of zeros at batch 1 (free dimensions are 1), less the resident set at the
-    start. It holds weights, packed copies of them, activations, the runtime's arena, its kernels' code when first
-    used, and what the loader needed for a moment. Raises TargetMissing where the file does not run.
+    See `memory.measure_growth` for what is counted. Raises TargetMissing where onnxruntime is not installed,
+    CheckpointError where the file does not run.
     """
     _import_runtime()
-    done = subprocess.run(
-        [sys.executable, "-c", _MEMORY_SCRIPT, str(path), str(threads)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise CheckpointError(
-            f"The memory of {path.name} could not be measured: {done.stderr.strip().splitlines()[-1:]}. "
-            "A fresh Python process failed to run the file. Try it by hand with onnxruntime.InferenceSession."
-        )
-    return int(done.stdout)
+    return measure_growth(_START, path, threads=threads)
