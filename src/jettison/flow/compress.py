@@ -24,6 +24,7 @@ from jettison.core.plan import Plan, PlanPoint
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check, Record
 from jettison.flow.calibration import Calibration, make_calibration
+from jettison.flow.choosing import settle_target
 from jettison.flow.deciding import Reference, decide, load_sensitivity, measure_reference
 from jettison.flow.delivering import ResultKind, check_kind, deliver, save_module
 from jettison.flow.evaluation import Evaluate, agreement
@@ -123,6 +124,7 @@ def compress(
     recipe = recipe or Recipe()
     _check_settings(budget, recipe, threads, evaluate)
     check_kind(result)
+    target = settle_target(target, model, calibration, threads=threads, seed=seed)
     runtime = find_target(target)
     find_criterion(recipe.criterion)
     where = _find_device(device, model)
