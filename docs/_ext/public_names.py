@@ -7,9 +7,9 @@ from types import ModuleType
 
 STAGES = {
     "All at once": ("compress", "prune", "load", "accuracy"),
-    "Decide": ("trace", "profile", "sensitivity", "plan"),
-    "Do": ("apply", "recover", "quantize", "export"),
-    "Prove": ("measure", "verify"),
+    "Decide": ("trace", "profile", "sensitivity", "plan", "choose_bits"),
+    "Do": ("apply", "recover", "quantize", "train_quantized", "export"),
+    "Prove": ("measure", "verify", "diagnose"),
 }
 """The functions by what they are for; a function that stands in none of these is shown under Functions."""
 

@@ -1,8 +1,8 @@
-"""Turns a traced float network into an 8-bit one and says how much each layer lost.
+"""Turns a traced float network into an integer one and says how much each layer lost.
 
-Built on torchao's PT2E graphs: `quantize` calibrates and converts, `measure_sqnr` diagnoses, `RANGERS` is the table of
-ways to choose a range. Knows a target only by its `IntegerScheme`; never exports, never times, and loads torch and
-torchao on first use only.
+Built on torchao's PT2E graphs: `quantize` calibrates and converts, `RUNGS` is the table of what makes the result better
+and `climb` takes them one by one, `RANGERS` is the table of ways to choose a range, `measure_sqnr` diagnoses. Knows a
+target only by its `IntegerScheme`; never exports, never times, and loads torch and torchao on first use only.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jettison.quantization.diagnose import measure_sqnr as measure_sqnr
+    from jettison.quantization.ladder import RUNGS as RUNGS
+    from jettison.quantization.ladder import Climb as Climb
+    from jettison.quantization.ladder import climb as climb
     from jettison.quantization.ptq import Quantized as Quantized
     from jettison.quantization.ptq import Site as Site
     from jettison.quantization.ptq import quantize as quantize
     from jettison.quantization.ranges import RANGERS as RANGERS
 
-_WHERE = {"measure_sqnr": "diagnose", "Quantized": "ptq", "Site": "ptq", "quantize": "ptq", "RANGERS": "ranges"}
-__all__ = ["RANGERS", "Quantized", "Site", "measure_sqnr", "quantize"]
+_WHERE = {
+    "measure_sqnr": "diagnose",
+    "Climb": "ladder",
+    "climb": "ladder",
+    "RUNGS": "ladder",
+    "Quantized": "ptq",
+    "Site": "ptq",
+    "quantize": "ptq",
+    "RANGERS": "ranges",
+}
+__all__ = ["RANGERS", "RUNGS", "Climb", "Quantized", "Site", "climb", "measure_sqnr", "quantize"]
 
 
 def __getattr__(name: str) -> object:

@@ -20,11 +20,14 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from jettison.core.errors import CalibrationError
+from jettison.quantization.bits import find_tensor_levels, read_weight_levels
 from jettison.quantization.fold import find_layers, find_weight, name_operator
-from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale
+from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale, span_unit
 from jettison.targets.integer import IntegerScheme, Levels
 
 KEY = "quantization_annotation"
+SHARES = frozenset({"aten.softmax.int", "aten._softmax.default", "aten.sigmoid.default"})
+"""Operators whose outputs lie between 0 and 1 by what they are; their range is not measured."""
 
 
 class RangeObserver(ObserverBase):  # type: ignore[misc]
@@ -98,22 +101,17 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
     def __init__(self, scheme: IntegerScheme, exclude: Collection[str], ranger: Ranger) -> None:
         super().__init__()
         self.scheme, self.exclude = scheme, frozenset(exclude)
-        activation, weight = scheme.activation, scheme.weight
-        self.activation = QuantizationSpec(
-            dtype=torch.uint8,
-            observer_or_fake_quant_ctr=RangeObserver.with_args(ranger=ranger),
-            quant_min=activation.q_min,
-            quant_max=activation.q_max,
-            qscheme=torch.per_tensor_symmetric if activation.symmetric else torch.per_tensor_affine,
-        )
-        self.weight_levels = weight
+        self.ranger = ranger
+        self.specs: dict[tuple[Levels, Ranger], QuantizationSpec] = {}
+        self.levels: dict[Node, Levels] = {}
         self.annotated: set[Node] = set()
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate `model` in place, as PT2E asks, and return it."""
+        self.levels = find_tensor_levels(model, self.scheme)
         for name, node in find_layers(model, frozenset(self.scheme.weighted)).items():
             if name not in self.exclude:
-                self._annotate_weighted(node)
+                self._annotate_weighted(name, node)
         for node in model.graph.nodes:
             operator = name_operator(node)
             if operator in self.scheme.requantized:
@@ -126,6 +124,20 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to refuse: what the scheme does not name stays float."""
+
+    def _specify(self, tensor: Node) -> QuantizationSpec:
+        """Return the spec of a tensor; PT2E takes two edges as one only where both have the very same object."""
+        levels = self.levels.get(tensor, self.scheme.activation)
+        ranger = span_unit if name_operator(tensor) in SHARES else self.ranger
+        if (levels, ranger) not in self.specs:
+            self.specs[levels, ranger] = QuantizationSpec(
+                dtype=torch.int8 if levels.q_min < 0 else torch.uint8,
+                observer_or_fake_quant_ctr=RangeObserver.with_args(ranger=ranger),
+                quant_min=levels.q_min,
+                quant_max=levels.q_max,
+                qscheme=torch.per_tensor_symmetric if levels.symmetric else torch.per_tensor_affine,
+            )
+        return self.specs[levels, ranger]
 
     def _is_quantized(self, source: object) -> bool:
         """Say if the tensor is an output that the integer side of the graph gives."""
@@ -147,17 +159,17 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         if output is not None:
             self.annotated.add(end)
 
-    def _annotate_weighted(self, node: Node) -> None:
+    def _annotate_weighted(self, name: str, node: Node) -> None:
         source, weight = node.args[0], find_weight(node)
         assert isinstance(source, Node) and weight is not None
-        axis = self.scheme.weighted[name_operator(node)]
+        axis, levels = self.scheme.weighted[name_operator(node)], read_weight_levels(self.scheme, name)
         inputs: dict[Node, object] = {
-            source: self.activation,
+            source: self._specify(source),
             weight: QuantizationSpec(
                 dtype=torch.int8,
                 observer_or_fake_quant_ctr=WeightPerChannelObserver,
-                quant_min=self.weight_levels.q_min,
-                quant_max=self.weight_levels.q_max,
+                quant_min=levels.q_min,
+                quant_max=levels.q_max,
                 qscheme=torch.per_channel_symmetric,
                 ch_axis=axis,
             ),
@@ -174,7 +186,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 ch_axis=0,
             )
         floats = name_operator(node) in self.scheme.float_output and self._ends_in_float(node)
-        self._give(node, inputs, None if floats else self.activation)
+        self._give(node, inputs, None if floats else self._specify(self._end_of(node)))
 
     def _ends_in_float(self, node: Node) -> bool:
         """Say if nobody on the integer side reads this output, so that quantizing it would cost and bring nothing."""
@@ -189,7 +201,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             return
         if not any(map(self._is_quantized, tensors)):
             return
-        self._give(node, dict.fromkeys(tensors, self.activation), self.activation)
+        self._give(node, {tensor: self._specify(tensor) for tensor in tensors}, self._specify(self._end_of(node)))
 
     def _annotate_shared(self, node: Node) -> None:
         sources = node.args[0]
@@ -199,7 +211,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         nodes = [source for source in sources if isinstance(source, Node)]
         first = nodes[0]
         same = SharedQuantizationSpec((first, node))
-        inputs: dict[Node, object] = {first: self.activation}
+        inputs: dict[Node, object] = {first: self._specify(first)}
         inputs.update({source: same for source in nodes[1:] if source is not first})
         node.meta[KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=same, _annotated=True)
         self.annotated.add(node)
@@ -208,7 +220,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         source = node.args[0]
         assert isinstance(source, Node)
         node.meta[KEY] = QuantizationAnnotation(
-            input_qspec_map={source: self.activation},
+            input_qspec_map={source: self._specify(source)},
             output_qspec=SharedQuantizationSpec((source, node)),
             _annotated=True,
         )

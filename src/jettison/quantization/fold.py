@@ -78,6 +78,7 @@ def _get_attribute(module: GraphModule, before: Node, name: str, like: Node | No
 
 def unshare(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
     """Give every weighted call its own weight and bias, in place: a shared bias would need several scales."""
+    _keep_for_others(module, weighted)
     taken: set[str] = set()
     for node in list(module.graph.nodes):
         if name_operator(node) not in weighted:
@@ -97,6 +98,26 @@ def unshare(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
             elif len(source.users) > 1:
                 node.update_arg(index, _get_attribute(module, node, name, source))
             taken.add(name)
+
+
+def _keep_for_others(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
+    """Give what else reads a weighted call's parameter (an embedding tied to the head) a copy that stays float."""
+
+    def is_own(node: Node, source: Node) -> bool:
+        return name_operator(node) in weighted and source in node.args[1:3]
+
+    sources = [node for node in module.graph.nodes if node.op == "get_attr"]
+    owned = {str(source.target) for source in sources if any(is_own(user, source) for user in source.users)}
+    for source in sources:
+        others = [user for user in source.users if not is_own(user, source)]
+        if str(source.target) not in owned or not others:
+            continue
+        stem, _, last = str(source.target).rpartition(".")
+        name = f"{stem}@float.{last}" if stem else f"{last}@float"
+        set_buffer(module, name, read_attribute(module, str(source.target)).detach().clone())
+        copied = _get_attribute(module, source, name, source)
+        for user in others:
+            user.replace_input_with(source, copied)
 
 
 def fold_batch_norm(module: GraphModule) -> int:
@@ -149,6 +170,24 @@ def _fold_one(module: GraphModule, conv: Node, norm: Node) -> None:
     module.graph.erase_node(norm)
 
 
+def add_biases(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
+    """Give every weighted call without a bias one of zeros, in place, so that a rung can correct means."""
+    for node in list(module.graph.nodes):
+        weight = find_weight(node) if name_operator(node) in weighted else None
+        if weight is None or (len(node.args) > 2 and node.args[2] is not None) or "transpose" in name_operator(node):
+            continue
+        value = read_attribute(module, str(weight.target))
+        name = str(weight.target).removesuffix("weight") + "bias"
+        zeros = value.new_zeros(value.shape[0])
+        set_buffer(module, name, zeros)
+        like = weight.meta.get("val")
+        bias = _get_attribute(module, node, name, None)
+        if isinstance(like, Tensor):
+            bias.meta["val"] = like.new_zeros(value.shape[0])
+        node.args = (node.args[0], node.args[1], bias, *node.args[3:])
+    module.recompile()
+
+
 def copy_graph(module: GraphModule) -> GraphModule:
     """Copy graph and tensors, in-place calls written as ordinary ones; the caller's module is left alone.
 
@@ -181,13 +220,17 @@ def replace_in_place(module: GraphModule) -> None:
 
 
 def keep_picture_axes(module: GraphModule) -> None:
-    """Write a mean over both picture axes as one that keeps them, and a flatten: integer kernels pool that way."""
+    """Write a mean that leaves rows and channels only as one that keeps its axes, and a flatten.
+
+    Integer kernels pool that way, and OpenVINO 2026.4 gets an integer mean over tokens without it wrong from row 38 on.
+    """
     for node in list(module.graph.nodes):
         source = node.args[0] if name_operator(node) == "aten.mean.dim" else None
         value = source.meta.get("val") if isinstance(source, Node) else None
-        if not isinstance(value, Tensor) or value.ndim != 4 or len(node.args) != 2 or node.kwargs:
+        if not isinstance(value, Tensor) or len(node.args) != 2 or node.kwargs:
             continue
-        if sorted(axis % 4 for axis in node.args[1]) != [2, 3]:
+        axes = sorted(axis % value.ndim for axis in node.args[1])
+        if value.ndim - len(axes) != 2 or 0 in axes:
             continue
         with module.graph.inserting_after(node):
             flat = module.graph.call_function(torch.ops.aten.flatten.using_ints, (node, 1))
@@ -195,5 +238,8 @@ def keep_picture_axes(module: GraphModule) -> None:
         node.args = (*node.args, True)
         flat.meta = dict(node.meta)
         if isinstance(node.meta.get("val"), Tensor):
-            node.meta["val"] = flat.meta["val"].unsqueeze(-1).unsqueeze(-1)
+            kept = flat.meta["val"]
+            for axis in axes:
+                kept = kept.unsqueeze(axis)
+            node.meta["val"] = kept
     module.recompile()

@@ -1,50 +1,20 @@
-"""Post-training static quantization of a flat graph: calibrate, choose scales, convert."""
+"""Post-training static quantization of a flat graph, with as many rungs of the ladder as asked for."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from jettison.core.errors import CalibrationError, NonFiniteError, UnknownName
-from jettison.progress import track
-from jettison.quantization.fold import (
-    copy_graph,
-    find_layers,
-    fold_batch_norm,
-    keep_picture_axes,
-    name_operator,
-    read_attribute,
-    set_buffer,
-    unshare,
-)
-from jettison.quantization.ranges import Ranger, find_ranger
-from jettison.targets.integer import IntegerScheme, fake_quantize, quantize_operator
-
-BIAS_LIMIT = 2**30
-"""A bias may take half of int32, so that the sum it is added to has the other half."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A layer with weights and the bits it computes with: 8 or 7 where integer, 32 where left in float."""
-
-    layer: str
-    bits: int
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A converted graph, which computes on the CPU what the integer runtime computes, and its layers."""
-
-    module: GraphModule
-    sites: tuple[Site, ...]
+from jettison.quantization.convert import Quantized as Quantized
+from jettison.quantization.convert import Site as Site
+from jettison.quantization.convert import fold as fold
+from jettison.quantization.convert import quiet_torchao as quiet_torchao
+from jettison.quantization.convert import read_clamp as read_clamp
+from jettison.quantization.ladder import apply_rungs, check_rungs, prepare
+from jettison.quantization.ranges import Ranger
+from jettison.targets.integer import IntegerScheme
 
 
 def quantize(
@@ -54,185 +24,24 @@ def quantize(
     scheme: IntegerScheme,
     exclude: Collection[str] = (),
     ranges: str | Ranger = "mse",
+    weights: str = "per_channel",
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    rungs: Sequence[str] = (),
+    seed: int = 0,
 ) -> Quantized:
-    """Return an int8 form of a flat graph in eval mode; `module` itself is left alone.
+    """Return an integer form of a flat graph in eval mode; `module` itself is left alone.
 
     `batches` are tuples of input tensors, `exclude` names layers (weights' dotted names without ".weight") that
-    stay float, `ranges` is "mse", "minmax" or a function. Raises CalibrationError without items,
-    NonFiniteError for NaN or infinity in weights or activations, UnknownName for an unknown layer.
+    stay float, `ranges` is a name in RANGERS or a function, `weights` is "per_channel" or "per_tensor". `rungs` are
+    names in RUNGS; those on the float network are applied before those on integers. `weight_bits` (2 to 8) and
+    `activation_bits` (4 to 8) coarsen the scheme's grid: the result is then a simulation, as its `note` says.
+    Raises CalibrationError without items, NonFiniteError for NaN or infinity in weights or activations, UnknownName
+    for a layer, range or rung that is none, InputError for bits out of range.
     """
-    ranger = find_ranger(ranges)
-    _refuse_bad_input(module, batches)
-    folded = fold(module, frozenset(scheme.weighted))
-    layers = find_layers(folded, frozenset(scheme.weighted))
-    names = {node.name: tuple(str(a.target) for a in node.args[1:3] if isinstance(a, Node)) for node in layers.values()}
-    for name in exclude:
-        if name not in layers:
-            raise UnknownName("layer with weights", name, layers)
-    with quiet_torchao(), torch.no_grad():
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-        from jettison.quantization.annotate import SchemeQuantizer
-
-        prepared = prepare_pt2e(folded, SchemeQuantizer(scheme, exclude, ranger))
-        _name_observers(prepared)
-        for batch in track(batches, "Collecting ranges"):
-            prepared(*batch)
-        _round_weights(prepared, scheme)
-        converted = convert_pt2e(prepared)
-    result = _tidy(converted, names)
-    bits = 1 + scheme.weight.q_max.bit_length()
-    integer = {name for name, node in find_layers(result, frozenset(scheme.weighted)).items() if _is_integer(node)}
-    return Quantized(result, tuple(Site(name, bits if name in integer else 32) for name in layers))
-
-
-def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
-    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients."""
-    folded = copy_graph(module)
-    unshare(folded, weighted)
-    fold_batch_norm(folded)
-    keep_picture_axes(folded)
-    return folded.requires_grad_(False)
-
-
-@contextmanager
-def quiet_torchao() -> Iterator[None]:
-    """Hide what torchao says at import of its missing CUDA libraries, and PT2E's own deprecation warnings."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(ao)?\.")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(ao)?\.")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-def _refuse_bad_input(module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
-    if not batches or not any(x.numel() for batch in batches for x in batch):
-        raise CalibrationError(
-            "There are no calibration items. int8 ranges cannot be chosen without any. "
-            "Give at least one batch; 256 typical inputs are a good start."
-        )
-    for name, value in (*module.named_parameters(), *module.named_buffers()):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(
-                f"The network's {name!r} holds NaN or infinity. It cannot be rounded to integers. "
-                "Load weights from before the training diverged."
-            )
-
-
-def _name_observers(prepared: GraphModule) -> None:
-    from jettison.quantization.annotate import RangeObserver
-
-    for node in prepared.graph.nodes:
-        if node.op == "call_module":
-            observer = getattr(prepared, str(node.target))
-            if isinstance(observer, RangeObserver):
-                observer.where = f"the output of {node.args[0]}"
-
-
-def _round_weights(prepared: GraphModule, scheme: IntegerScheme) -> None:
-    """Put each weight on its grid by division, so that PT2E's reciprocal cannot choose another integer."""
-
-    def observe(node: object) -> tuple[object, Node] | None:
-        if isinstance(node, Node) and node.op == "call_module" and isinstance(node.args[0], Node):
-            return getattr(prepared, str(node.target)), node.args[0]
-        return None
-
-    for node in prepared.graph.nodes:
-        if name_operator(node) not in scheme.weighted or (observed := observe(node.args[1])) is None:
-            continue
-        observer, weight_node = observed
-        weight = read_attribute(prepared, str(weight_node.target))
-        shape = [-1 if i == observer.ch_axis else 1 for i in range(weight.ndim)]  # type: ignore[attr-defined]
-        biased = observe(node.args[2]) if len(node.args) > 2 else None
-        if biased is not None:
-            source, _ = observe(node.args[0]) or (None, None)
-            assert source is not None
-            step = source.calculate_qparams()[0]  # type: ignore[attr-defined]
-            bias = read_attribute(prepared, str(biased[1].target))
-            # A channel with tiny weights and a large bias: its step grows until the bias fits.
-            observer.scale = torch.maximum(observer.scale, bias.abs() / (step * BIAS_LIMIT))  # type: ignore[attr-defined]
-        scale = observer.scale.view(shape)  # type: ignore[attr-defined]
-        rounded = fake_quantize(weight.float(), scale, 0, scheme.weight)
-        set_buffer(prepared, str(weight_node.target), rounded)
-
-
-def _is_integer(node: Node) -> bool:
-    weight = node.args[1]
-    return isinstance(weight, Node) and "dequantize" in str(weight.target)
-
-
-def _tidy(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> GraphModule:
-    """Name folded weights after their layers, divide instead of multiplying, and drop activations that ranges cover."""
-    graph = converted.graph
-    divide = quantize_operator()
-    for node in list(graph.nodes):
-        if str(node.target) == "quantized_decomposed.quantize_per_tensor.default":
-            node.target = divide
-            _drop_covered(node)
-    graph.eliminate_dead_code()
-    _name_constants(converted, names)
-    # A new GraphModule: PT2E leaves one whose .eval() raises.
-    result = GraphModule(converted, graph)
-    result.delete_all_unused_submodules()
-    result.train(False)
-    result.recompile()
-    return result
-
-
-FLOOR, CEILING = -float("inf"), float("inf")
-
-
-def read_clamp(node: Node) -> tuple[float, float] | None:
-    """Return the ends a clamping activation cuts at, or None if the node is none."""
-    name = name_operator(node)
-    if name == "aten.relu.default":
-        return 0.0, CEILING
-    if name == "aten.relu6.default":
-        return 0.0, 6.0
-    if name not in ("aten.hardtanh.default", "aten.clamp.default") or node.kwargs:
-        return None
-    defaults = (-1.0, 1.0) if name == "aten.hardtanh.default" else (FLOOR, CEILING)
-    ends = [*node.args[1:], *defaults[len(node.args) - 1 :]]
-    if not all(isinstance(end, (int, float)) or end is None for end in ends):
-        return None
-    low, high = (default if end is None else float(end) for end, default in zip(ends, (FLOOR, CEILING), strict=True))  # type: ignore[arg-type]
-    return low, high
-
-
-def _drop_covered(quantizing: Node) -> None:
-    """Take out the activation before a quantization whose own saturation does the same."""
-    source, scale, zero_point, q_min, q_max = quantizing.args[:5]
-    assert isinstance(source, Node)
-    ends = read_clamp(source)
-    if ends is None or len(source.users) != 1:
-        return
-    assert (
-        isinstance(scale, float) and isinstance(zero_point, int) and isinstance(q_min, int) and isinstance(q_max, int)
-    )
-    low, high = (q_min - zero_point) * scale, (q_max - zero_point) * scale
-    # Half a step over the end still rounds to the same last integer.
-    if low > ends[0] - scale / 2 and high < ends[1] + scale / 2:
-        quantizing.update_arg(0, source.args[0])
-
-
-def _name_constants(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> None:
-    """Rename `_frozen_param7` and its scale to the dotted names of the parameters they come from."""
-    for node in list(converted.graph.nodes):
-        for parameter, constant in zip(names.get(node.name, ()), node.args[1:3], strict=False):
-            if not (isinstance(constant, Node) and str(constant.target).endswith("dequantize_per_channel.default")):
-                continue
-            for index, suffix in enumerate(("", "_scale", "_zero_point")):
-                source = constant.args[index]
-                assert isinstance(source, Node)
-                value = read_attribute(converted, str(source.target)).detach().clone()
-                set_buffer(converted, parameter + suffix, value)
-                with converted.graph.inserting_before(constant):
-                    constant.update_arg(index, converted.graph.get_attr(parameter + suffix))
-    converted.graph.eliminate_dead_code()
+    check_rungs(rungs)
+    task = prepare(
+        module, batches, scheme=scheme, exclude=exclude, ranges=ranges, weights=weights,
+        weight_bits=weight_bits, activation_bits=activation_bits, seed=seed, biases=bool(rungs),
+    )  # fmt: skip
+    return task.finish(apply_rungs(task, rungs))

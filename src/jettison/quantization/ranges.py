@@ -18,6 +18,9 @@ SAMPLED = 2**19
 GRID_POINTS = 80
 SMALLEST_SHARE = 0.4
 """The grid of clip factors runs from here to 1 (algorithms.md 4.2)."""
+CLIPPED_SHARE = 1e-4
+SMALLEST_PROBABILITY = 1e-12
+"""What a bin counts as that the integers say is empty, and is not."""
 
 
 @dataclass
@@ -97,7 +100,68 @@ def _widened(end: float, extreme: float) -> Tensor:
     return torch.linspace(SMALLEST_SHARE * end, extreme, GRID_POINTS)
 
 
-RANGERS: dict[str, Ranger] = {"mse": span_mse, "minmax": span_minmax}
+def span_percentile(histogram: Histogram, levels: Levels) -> tuple[float, float]:
+    """Clip the outermost 0.01 % of the values, half at each end; exact zeros are not among them."""
+    if histogram.counts is None:
+        return histogram.low, histogram.high
+    summed = histogram.counts.cumsum(0)
+    edges = (torch.arange(2 * HALF_BINS + 1) - HALF_BINS) * histogram.width
+    cut = float(summed[-1]) * CLIPPED_SHARE / 2
+    low = float(edges[int((summed <= cut).sum())])
+    high = float(edges[int((summed < float(summed[-1]) - cut).sum()) + 1])
+    return max(min(low, 0.0), histogram.low), min(max(high, 0.0), histogram.high)
+
+
+def span_entropy(histogram: Histogram, levels: Levels) -> tuple[float, float]:
+    """Clip where the rounded values' distribution is nearest, by KL divergence, to the clipped one's (Migacz, 2017).
+
+    Both ends move together by the same factor. The clipped tail counts at the ends; a step's values are spread evenly
+    over those of its bins that hold any.
+    """
+    if histogram.counts is None:
+        return histogram.low, histogram.high
+    centres = (torch.arange(2 * HALF_BINS) - HALF_BINS + 0.5) * histogram.width
+    best, least = (histogram.low, histogram.high), float("inf")
+    for share in torch.linspace(1.0, SMALLEST_SHARE, GRID_POINTS):
+        low, high = histogram.low * float(share), histogram.high * float(share)
+        scale, zero_point = choose_scale(torch.tensor([low]), torch.tensor([high]), levels)
+        divergence = _diverge(histogram.counts, centres, scale, zero_point, levels)
+        if divergence < least:
+            best, least = (low, high), divergence
+    return best
+
+
+def _diverge(counts: Tensor, centres: Tensor, scale: Tensor, zero_point: Tensor, levels: Levels) -> float:
+    """Return KL between the clipped counts and what their integers say of them."""
+    span = levels.q_max - levels.q_min + 1
+    steps = (torch.round(centres / scale) + zero_point - levels.q_min).long()
+    inside = (steps >= 0) & (steps < span)
+    steps = steps.clamp(0, span - 1)
+    held = torch.zeros(span, dtype=counts.dtype).index_add_(0, steps[inside], counts[inside])
+    occupied = (counts > 0) & inside
+    bins = torch.zeros(span, dtype=counts.dtype).index_add_(0, steps, occupied.to(counts.dtype))
+    rebuilt = torch.where(occupied, (held / bins.clamp(min=1))[steps], torch.zeros_like(counts))
+    clipped = torch.where(inside, counts, torch.zeros_like(counts))
+    first, last = int(inside.nonzero()[0]), int(inside.nonzero()[-1])
+    clipped[first] += counts[:first].sum()
+    clipped[last] += counts[last + 1 :].sum()
+    p, q = clipped / clipped.sum(), rebuilt / rebuilt.sum().clamp(min=1e-30)
+    used = p > 0
+    return float((p[used] * (p[used] / q[used].clamp(min=SMALLEST_PROBABILITY)).log()).sum())
+
+
+def span_unit(histogram: Histogram, levels: Levels) -> tuple[float, float]:
+    """Span 0 to 1 in steps of a power of two, as kernels expect of a softmax or sigmoid, whatever values were seen."""
+    count = levels.q_max - levels.q_min + 1
+    return (0.0, levels.q_max / (levels.q_max + 1)) if levels.symmetric else (0.0, (count - 1) / count)
+
+
+RANGERS: dict[str, Ranger] = {
+    "mse": span_mse,
+    "minmax": span_minmax,
+    "percentile": span_percentile,
+    "entropy": span_entropy,
+}
 
 
 def find_ranger(ranges: str | Ranger) -> Ranger:

@@ -1,0 +1,257 @@
+"""The plumbing of static quantization: fold, observe, choose scales, convert, and write new integers into a layer.
+
+What makes the integers better is in the files of the ladder; they all start from what `convert` gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from jettison.core.errors import CalibrationError, NonFiniteError
+from jettison.progress import track
+from jettison.quantization.bits import read_levels
+from jettison.quantization.fold import (
+    copy_graph,
+    find_layers,
+    fold_batch_norm,
+    keep_picture_axes,
+    name_operator,
+    read_attribute,
+    set_buffer,
+    unshare,
+)
+from jettison.quantization.ranges import Ranger, choose_weight_scale
+from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_operator
+
+BIAS_LIMIT = 2**30
+"""A bias may take half of int32, so that the sum it is added to has the other half."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer with weights and the bits it computes with: 8 or 7 where integer, 32 where left in float."""
+
+    layer: str
+    bits: int
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A converted graph, which computes on the CPU what the integer runtime computes, and its layers."""
+
+    module: GraphModule
+    sites: tuple[Site, ...]
+    note: str = ""
+    """What must be said with the result: that no kernel here runs these bits, for one."""
+
+
+def convert(
+    folded: GraphModule,
+    batches: Sequence[tuple[Tensor, ...]],
+    *,
+    scheme: IntegerScheme,
+    exclude: Collection[str] = (),
+    ranger: Ranger,
+    weights: str = "per_channel",
+) -> GraphModule:
+    """Return the integer form of a folded graph, every weight rounded to nearest; `folded` is left alone."""
+    operators = frozenset(scheme.weighted)
+    copied = copy_graph(folded)
+    layers = find_layers(copied, operators)
+    names = {node.name: tuple(str(a.target) for a in node.args[1:3] if isinstance(a, Node)) for node in layers.values()}
+    with quiet_torchao(), torch.no_grad():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        from jettison.quantization.annotate import SchemeQuantizer
+
+        prepared = prepare_pt2e(copied, SchemeQuantizer(scheme, exclude, ranger))
+        _name_observers(prepared)
+        for batch in track(batches, "Collecting ranges"):
+            prepared(*batch)
+        _round_weights(prepared, scheme, weights)
+        converted = convert_pt2e(prepared)
+    return _tidy(converted, names)
+
+
+def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerScheme) -> tuple[Site, ...]:
+    """Return every layer with weights, in the order of the graph, and the bits it computes with."""
+    operators = frozenset(scheme.weighted)
+    integer = {
+        name: 1 + read_levels(node).q_max.bit_length()
+        for name, node in find_layers(converted, operators).items()
+        if is_integer(node)
+    }
+    return tuple(Site(name, integer.get(name, 32)) for name in find_layers(folded, operators))
+
+
+def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
+    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients."""
+    folded = copy_graph(module)
+    unshare(folded, weighted)
+    fold_batch_norm(folded)
+    keep_picture_axes(folded)
+    return folded.requires_grad_(False)
+
+
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Hide what torchao says at import of its missing CUDA libraries, and PT2E's own deprecation warnings."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch(ao)?\.")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch(ao)?\.")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def refuse_bad_input(module: GraphModule, batches: Sequence[tuple[Tensor, ...]]) -> None:
+    """Raise CalibrationError without items, NonFiniteError for NaN or infinity in what the network holds."""
+    if not batches or not any(x.numel() for batch in batches for x in batch):
+        raise CalibrationError(
+            "There are no calibration items. int8 ranges cannot be chosen without any. "
+            "Give at least one batch; 256 typical inputs are a good start."
+        )
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"The network's {name!r} holds NaN or infinity. It cannot be rounded to integers. "
+                "Load weights from before the training diverged."
+            )
+
+
+def _name_observers(prepared: GraphModule) -> None:
+    from jettison.quantization.annotate import RangeObserver
+
+    for node in prepared.graph.nodes:
+        if node.op == "call_module":
+            observer = getattr(prepared, str(node.target))
+            if isinstance(observer, RangeObserver):
+                observer.where = f"the output of {node.args[0]}"
+
+
+def _round_weights(prepared: GraphModule, scheme: IntegerScheme, weights: str) -> None:
+    """Put each weight on its grid by division, so that PT2E's reciprocal cannot choose another integer."""
+
+    def observe(node: object) -> tuple[object, Node] | None:
+        if isinstance(node, Node) and node.op == "call_module" and isinstance(node.args[0], Node):
+            return getattr(prepared, str(node.target)), node.args[0]
+        return None
+
+    for node in prepared.graph.nodes:
+        if name_operator(node) not in scheme.weighted or (observed := observe(node.args[1])) is None:
+            continue
+        observer, weight_node = observed
+        weight = read_attribute(prepared, str(weight_node.target))
+        shape = [-1 if i == observer.ch_axis else 1 for i in range(weight.ndim)]  # type: ignore[attr-defined]
+        levels = Levels(observer.quant_min, observer.quant_max, True)  # type: ignore[attr-defined]
+        if weights == "per_tensor":
+            whole = choose_weight_scale(weight.reshape(1, -1), 0, levels)
+            observer.scale = whole.expand(weight.shape[observer.ch_axis]).clone()  # type: ignore[attr-defined]
+        biased = observe(node.args[2]) if len(node.args) > 2 else None
+        if biased is not None:
+            source, _ = observe(node.args[0]) or (None, None)
+            assert source is not None
+            step = source.calculate_qparams()[0]  # type: ignore[attr-defined]
+            bias = read_attribute(prepared, str(biased[1].target))
+            # A channel with tiny weights and a large bias: its step grows until the bias fits.
+            observer.scale = torch.maximum(observer.scale, bias.abs() / (step * BIAS_LIMIT))  # type: ignore[attr-defined]
+        scale = observer.scale.view(shape)  # type: ignore[attr-defined]
+        rounded = fake_quantize(weight.float(), scale, 0, levels)
+        set_buffer(prepared, str(weight_node.target), rounded)
+
+
+def is_integer(node: Node) -> bool:
+    """Say if a weighted call of a converted graph reads an integer weight."""
+    weight = node.args[1]
+    return isinstance(weight, Node) and "dequantize" in str(weight.target)
+
+
+def _tidy(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> GraphModule:
+    """Name folded weights after their layers, divide instead of multiplying, and drop activations that ranges cover."""
+    graph = converted.graph
+    divide = quantize_operator()
+    for node in list(graph.nodes):
+        if str(node.target) == "quantized_decomposed.quantize_per_tensor.default":
+            node.target = divide
+            _drop_covered(node)
+    graph.eliminate_dead_code()
+    _name_constants(converted, names)
+    # A new GraphModule: PT2E leaves one whose .eval() raises.
+    result = GraphModule(converted, graph)
+    result.delete_all_unused_submodules()
+    result.train(False)
+    result.recompile()
+    return result
+
+
+FLOOR, CEILING = -float("inf"), float("inf")
+
+
+def read_clamp(node: Node) -> tuple[float, float] | None:
+    """Return the ends a clamping activation cuts at, or None if the node is none."""
+    name = name_operator(node)
+    if name == "aten.relu.default":
+        return 0.0, CEILING
+    if name == "aten.relu6.default":
+        return 0.0, 6.0
+    if name not in ("aten.hardtanh.default", "aten.clamp.default") or node.kwargs:
+        return None
+    defaults = (-1.0, 1.0) if name == "aten.hardtanh.default" else (FLOOR, CEILING)
+    ends = [*node.args[1:], *defaults[len(node.args) - 1 :]]
+    if not all(isinstance(end, (int, float)) or end is None for end in ends):
+        return None
+    low, high = (default if end is None else float(end) for end, default in zip(ends, (FLOOR, CEILING), strict=True))  # type: ignore[arg-type]
+    return low, high
+
+
+def find_clamp(node: Node) -> tuple[float, float]:
+    """Return the ends that the activation after a layer of the float graph cuts at; infinities where there is none."""
+    users = list(node.users)
+    ends = read_clamp(users[0]) if len(users) == 1 else None
+    return (FLOOR, CEILING) if ends is None else ends
+
+
+def _drop_covered(quantizing: Node) -> None:
+    """Take out the activation before a quantization whose own saturation does the same."""
+    source, scale, zero_point, q_min, q_max = quantizing.args[:5]
+    assert isinstance(source, Node)
+    ends = read_clamp(source)
+    if ends is None or len(source.users) != 1:
+        return
+    assert (
+        isinstance(scale, float) and isinstance(zero_point, int) and isinstance(q_min, int) and isinstance(q_max, int)
+    )
+    low, high = (q_min - zero_point) * scale, (q_max - zero_point) * scale
+    # Half a step over the end still rounds to the same last integer.
+    if low > ends[0] - scale / 2 and high < ends[1] + scale / 2:
+        quantizing.update_arg(0, source.args[0])
+
+
+def _name_constants(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> None:
+    """Rename `_frozen_param7` and its scale to the dotted names of the parameters they come from."""
+    for node in list(converted.graph.nodes):
+        for parameter, constant in zip(names.get(node.name, ()), node.args[1:3], strict=False):
+            if not (isinstance(constant, Node) and str(constant.target).endswith("dequantize_per_channel.default")):
+                continue
+            for index, suffix in enumerate(("", "_scale", "_zero_point")):
+                source = constant.args[index]
+                assert isinstance(source, Node)
+                value = read_attribute(converted, str(source.target)).detach().clone()
+                set_buffer(converted, parameter + suffix, value)
+                with converted.graph.inserting_before(constant):
+                    constant.update_arg(index, converted.graph.get_attr(parameter + suffix))
+    converted.graph.eliminate_dead_code()
