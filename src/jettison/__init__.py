@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from jettison.core.plan import Plan
     from jettison.core.recipe import Recipe
     from jettison.core.record import Record
+    from jettison.flow.auditing import audit
+    from jettison.flow.choosing import choose_target
     from jettison.flow.compress import Result, compress
     from jettison.flow.delivering import load
+    from jettison.flow.diagnosing import diagnose
     from jettison.flow.evaluation import accuracy
+    from jettison.flow.mixing import choose_bits
     from jettison.flow.prune import prune
+    from jettison.flow.qat import train_quantized
     from jettison.flow.stages import apply, export, measure, plan, profile, quantize, recover, sensitivity, verify
     from jettison.graph.depth import find_blocks
     from jettison.graph.groups import Graph, trace
@@ -36,7 +41,11 @@ _HOMES = {
     "Result": "flow.compress",
     "accuracy": "flow.evaluation",
     "apply": "flow.stages",
+    "audit": "flow.auditing",
+    "choose_bits": "flow.mixing",
+    "choose_target": "flow.choosing",
     "compress": "flow.compress",
+    "diagnose": "flow.diagnosing",
     "export": "flow.stages",
     "find_blocks": "graph.depth",
     "load": "flow.delivering",
@@ -48,6 +57,7 @@ _HOMES = {
     "recover": "flow.stages",
     "sensitivity": "flow.stages",
     "trace": "graph.groups",
+    "train_quantized": "flow.qat",
     "verify": "flow.stages",
 }
 
@@ -63,7 +73,11 @@ __all__ = [
     "Result",
     "accuracy",
     "apply",
+    "audit",
+    "choose_bits",
+    "choose_target",
     "compress",
+    "diagnose",
     "export",
     "find_blocks",
     "load",
@@ -75,6 +89,7 @@ __all__ = [
     "recover",
     "sensitivity",
     "trace",
+    "train_quantized",
     "verify",
 ]
 

@@ -233,6 +233,89 @@ def trace(
 
 
 @main.command()
+@model
+@click.option("--inputs", "--calibration", "inputs_source", metavar="SRC", required=True, help="Inputs to round for.")
+@click.option("--limit", type=click.IntRange(1), default=512, show_default=True, help="Use at most this many of them.")
+@click.option("--judge", "judged", type=click.IntRange(1), default=16, show_default=True, help="Judge on this many.")
+@click.option("--target", default="onnxruntime", show_default=True, help="Where the network will run.")
+@click.option("--exclude", multiple=True, metavar="LAYER", help="A layer that stays in float; may be given often.")
+@click.option("--ranges", default="mse", show_default=True, help="How ranges are chosen.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything that draws.")
+@click.option("--all", "every", is_flag=True, help="List every tensor.")
+@click.option("--html", "page", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Draw a page.")
+@pictures
+@common
+def diagnose(
+    source: str, inputs_source: str, every: bool, page: Path | None, as_json: bool, limit: int, **given: Any
+) -> None:
+    """Say which tensors of MODEL suffer from int8, how much each costs, why, and what mends it."""
+    with _only_json(as_json):
+        from rich.console import Console
+
+        import jettison
+        from jettison.core.plain import to_plain
+        from jettison.report.diagnosis import print_diagnosis, write_diagnosis
+        from jettison.sources.models import load_model
+
+        network = load_model(source, weights=given["weights"], device=given["device"])
+        found = jettison.diagnose(
+            network,
+            _load(inputs_source, network, given, limit=limit),
+            samples=limit,
+            **{name: given[name] for name in ("target", "judged", "exclude", "ranges", "seed")},
+        )
+        if page is not None:
+            write_diagnosis(found, page, source)
+    if as_json:
+        click.echo(json.dumps(to_plain(found), indent=1))
+        return
+    print_diagnosis(found, Console(), every=every)
+    if page is not None:
+        click.echo(f"\nPage: {page}")
+
+
+@main.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--target", default="onnxruntime", show_default=True, help="The runtime to ask.")
+@click.option("--baseline", metavar="FILE", type=click.Path(path_type=Path), help="The float file, timed beside it.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the runtime.")
+@click.option("--precision", default="fp32", show_default=True, help="What a float file runs in: bf16 in OpenVINO.")
+@common
+def audit(file: Path, as_json: bool, **given: Any) -> None:
+    """Show which kernels really run in an exported FILE, and why it is not faster."""
+    with _only_json(as_json):
+        import jettison
+        from jettison.core.plain import to_plain
+
+        found = jettison.audit(file, **given)
+    click.echo(json.dumps(to_plain(found), indent=1) if as_json else str(found))
+
+
+@main.command()
+@model
+@click.option("--inputs", "--calibration", "inputs_source", metavar="SRC", required=True, help="Typical inputs.")
+@click.option("--limit", type=click.IntRange(1), default=512, show_default=True, help="Use at most this many of them.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the runtimes.")
+@click.option("--min-agreement", type=click.FloatRange(0, 1), default=0.95, show_default=True, help="Least agreement.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything that draws.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the exported files.")
+@pictures
+@common
+def targets(source: str, inputs_source: str, as_json: bool, limit: int, **given: Any) -> None:
+    """Measure MODEL in every runtime and precision here, and recommend one."""
+    with _only_json(as_json):
+        import jettison
+        from jettison.core.plain import to_plain
+        from jettison.sources.models import load_model
+
+        network = load_model(source, weights=given["weights"], device=given["device"])
+        data = _load(inputs_source, network, given, limit=limit)
+        asked = {name: given[name] for name in ("threads", "min_agreement", "seed", "out")}
+        found = jettison.choose_target(network, data, samples=limit, **asked)
+    click.echo(json.dumps(to_plain(found), indent=1) if as_json else str(found))
+
+
+@main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @common
 def report(folder: Path, as_json: bool) -> None:
@@ -254,10 +337,10 @@ def report(folder: Path, as_json: bool) -> None:
 def doctor(as_json: bool) -> None:
     """Say which targets are usable on this machine, and what the others miss."""
     from jettison.core.plain import to_plain
-    from jettison.sources.doctor import describe_diagnosis, diagnose
+    from jettison.sources import doctor as examiner
 
-    diagnosis = diagnose()
-    click.echo(json.dumps(to_plain(diagnosis), indent=1) if as_json else describe_diagnosis(diagnosis))
+    diagnosis = examiner.diagnose()
+    click.echo(json.dumps(to_plain(diagnosis), indent=1) if as_json else examiner.describe_diagnosis(diagnosis))
 
 
 @contextlib.contextmanager

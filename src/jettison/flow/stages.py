@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,14 @@ from jettison.core.recipe import Recipe
 from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
 from jettison.flow.calibration import Calibration, list_digests, make_calibration
+from jettison.flow.choosing import check_plannable
 from jettison.flow.costs import make_cost_model
+from jettison.flow.kinds import apply_kind, check_kind
 from jettison.flow.planning import make_plan, read_limits
 from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
 from jettison.flow.recovering import make_schedule, train_if_better
 from jettison.flow.run import split_samples
+from jettison.flow.schemes import find_scheme
 from jettison.flow.sensitivity import Sensitivity, measure_sensitivity
 from jettison.graph.check import check_masked
 from jettison.graph.groups import Graph
@@ -31,6 +34,7 @@ from jettison.graph.trace import Batch, Traced, hint, nest, trace_module
 from jettison.pruning.recalibrate import recalibrate
 from jettison.quantization import Quantized
 from jettison.quantization import quantize as quantize_graph
+from jettison.quantization.bits import split_bits
 from jettison.targets import find_target
 from jettison.targets.timing import Timing, time_interleaved
 
@@ -69,6 +73,7 @@ def plan(
     keeps the limits. A budget with `drop` alone raises InputError: only `compress` can weigh it.
     """
     check_graph(graph)
+    check_plannable(target)
     find_target(target)
     for group in sensitivity.groups:
         graph.find(group.group)
@@ -122,21 +127,61 @@ def recover(
 
 
 def quantize(
-    model: nn.Module, calibration: Data, *, target: str = "onnxruntime", samples: int = 512, seed: int = 0
+    model: nn.Module,
+    calibration: Data,
+    *,
+    target: str = "onnxruntime",
+    kind: str = "static",
+    weight_bits: int | None = None,
+    activation_bits: int | None = None,
+    group_size: int = 32,
+    exclude: Collection[str] = (),
+    ranges: str = "mse",
+    rungs: Sequence[str] = (),
+    bits: Mapping[str, tuple[int, int]] | None = None,
+    samples: int = 512,
+    seed: int = 0,
 ) -> Quantized:
-    """Return the int8 form of a network for `target`: a module that computes what the runtime will, and its layers.
+    """Return a quantized form of a network for `target`: a module that computes what the runtime will, and its layers.
 
-    Weights are int8 per channel, activations uint8 per tensor with ranges from `samples` calibration inputs.
-    The network is traced with the first item and left alone.
+    `kind` "static": weights int8 per channel, activations uint8 per tensor with ranges from `samples` calibration
+    inputs. "dynamic": linear layers int8, ranges found at each call. "weight-only": linear layers' weights in 4 or 8
+    `weight_bits`, in groups of `group_size` inputs. "fp16", "bf16": weights stored so, computed with in float32. Only
+    "static" looks at more than the first item, with which the network is traced; it is left alone. `exclude` names
+    layers that stay float. For "static", `ranges` names a way to choose ranges and `rungs` methods of the post-training
+    ladder (`jettison.quantization.RANGERS` and `RUNGS`); with fewer `weight_bits` or `activation_bits` it is a
+    simulation; `bits` gives single layers their own (weight, activation) bits, (32, 32) for float. Raises InputError
+    for what the target has no kernels for, UnknownName for an unknown layer or method.
     """
-    runtime = find_target(target)
+    check_kind(kind, target)
+    scheme = find_scheme(target)
+    if kind != "static" and (bits or rungs or activation_bits is not None or ranges != "mse"):
+        raise InputError(
+            f"bits= are for kind='static', not for {kind!r}; so are rungs=, ranges= and activation_bits=. "
+            "Leave them out, or leave out kind=."
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         data, arguments, keywords = make_calibration(calibration, model, seal=False, seed=seed, device=device)
         traced = trace_module(model, arguments, keywords)
-        batches = fit_batch(data, traced).take(samples)
-        found = quantize_graph(traced.module, batches, scheme=runtime.scheme())
-    return Quantized(nest(found.module, traced.in_spec, traced.out_spec), found.sites)
+        if kind == "static":
+            batches = fit_batch(data, traced).take(samples)
+            own, floats = split_bits(bits or {})
+            found = quantize_graph(
+                traced.module,
+                batches,
+                scheme=replace(scheme, bits=own),
+                exclude={*exclude, *floats},
+                ranges=ranges,
+                rungs=rungs,
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                seed=seed,
+            )
+        else:
+            options: dict[str, Any] = {"weight_bits": weight_bits, "group_size": group_size, "exclude": exclude}
+            found = apply_kind(traced.module, kind, scheme=scheme, target=target, **options)
+    return replace(found, module=nest(found.module, traced.in_spec, traced.out_spec))
 
 
 def export(model: nn.Module, inputs: Any, path: Path | str, *, target: str = "onnxruntime") -> Path:
@@ -165,12 +210,14 @@ def measure(
     *,
     target: str = "onnxruntime",
     threads: int = 1,
+    precision: str = "fp32",
     rounds: int = 200,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Return the latency of exported files in `target`, interleaved; speed-ups are over the first one.
 
-    `inputs` are what each call gets: a tensor, a tuple of tensors, or a dict by the files' input names. Raises
+    `inputs` are what each call gets: a tensor, a tuple of tensors, or a dict by the files' input names. `precision` is
+    what float parts are asked to run in, as "bf16" in OpenVINO. Raises UnknownName for one the target has not,
     ShapeError where a file does not take them, CheckpointError where it is no network.
     """
     runtime = find_target(target)
@@ -180,7 +227,7 @@ def measure(
         raise InputError(f"threads={threads!r} must be a whole number, at least 1.")
     runs = {}
     for name, path in files.items():
-        session = runtime.load(Path(path), threads=threads)
+        session = runtime.load(Path(path), threads=threads, precision=precision)
         tensors = order_inputs(inputs, session.input_names)
         runtime.predict(session, tensors)  # refuses what does not fit, and warms up
         arrays = [x.detach().cpu().numpy() for x in tensors]
