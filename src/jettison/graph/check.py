@@ -110,6 +110,7 @@ def _run(
     ways: Sequence[int] | None,
 ) -> tuple[Any, ...]:
     values: dict[fx.Node, Any] = {}
+    last_use = {argument: node for node in module.graph.nodes for argument in node.all_input_nodes}
     feed = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -128,6 +129,9 @@ def _run(
             values[node] = _run(region.module, operands, step, ways[1:] if is_branch and ways else ways)
         else:
             values[node] = step(node, values)
+        for argument in node.all_input_nodes:
+            if last_use[argument] is node:
+                del values[argument]
     raise AssertionError("a graph without an output node")
 
 
