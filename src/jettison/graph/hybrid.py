@@ -7,6 +7,7 @@ caller's module and looked up among the values of the graph's nodes. What lies b
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,26 +88,38 @@ class Cutter:
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
         try:
             expected = [e for e in self._watch(self.model, whole) if not self._is_replaced(e[0])]
-            found = self._watch(result, self.proof)
         except RuntimeError:
             return ""
         names = self._look_up([tensor for *_, tensor in expected], whole)
-        wanted = {name for same in names for name in same[:1]}
-        values: dict[str, Tensor] = {}
-        module, inputs = prepare(self.sliced, self.graph.traced, self.proof)
-        assert isinstance(module, fx.GraphModule)
-        for name, value in _iterate_values(module, inputs):
-            if name in wanted:
-                values[name] = value
-        for (path, is_output, _), same, (other, *_, tensor) in zip(expected, names, found, strict=False):
+        places = [(path, is_output) for path, is_output, _ in expected]
+        del expected  # all that goes between submodules, once; twice would be more memory than some machines have
+        try:
+            found = self._watch(result, self.proof)
+        except RuntimeError:
+            return ""
+        different = self._compare(names, [tensor for *_, tensor in found])
+        for index, ((path, is_output), (other, *_)) in enumerate(zip(places, found, strict=False)):
             if path != other:
                 return self._parent(path)
-            if same and (
-                tensor.shape != values[same[0]].shape
-                or not measure_error([tensor], [values[same[0]]]) <= tolerance_of(self.proof)
-            ):
+            if index in different:
                 return path if is_output else self._parent(path)
         return ""
+
+    def _compare(self, names: Sequence[list[str]], tensors: Sequence[Tensor]) -> set[int]:
+        """Return the places of the tensors that are not what the first of their nodes gives in the sliced graph."""
+        readers: dict[str, list[int]] = {}
+        for index, same in enumerate(names[: len(tensors)]):
+            for name in same[:1]:
+                readers.setdefault(name, []).append(index)
+        module, inputs = prepare(self.sliced, self.graph.traced, self.proof)
+        assert isinstance(module, fx.GraphModule)
+        tolerance = tolerance_of(self.proof)
+        return {
+            index
+            for name, value in _iterate_values(module, inputs)
+            for index in readers.get(name, ())
+            if tensors[index].shape != value.shape or not measure_error([tensors[index]], [value]) <= tolerance
+        }
 
     def _widen(self, misfit: Misfit) -> tuple[str, Misfit]:
         """Return the submodule to cut out, and why: where it is a part already, the next larger one for its reason."""
@@ -146,11 +159,20 @@ class Cutter:
         """Run a module and list what goes into and comes out of every submodule, in order."""
         module, inputs = prepare(model, self.graph.traced, proof)
         events: list[tuple[str, bool, Tensor]] = []
+        copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+
+        def keep(value: Tensor) -> Tensor:
+            """Copy a tensor once: it goes out of one submodule, of those around it, and into the next."""
+            alive, version, copy = copies.get(id(value), (lambda: None, 0, value))
+            if alive() is not value or version != value._version:
+                copy = value.clone()
+                copies[id(value)] = weakref.ref(value), value._version, copy
+            return copy
 
         def note(path: str, is_output: bool) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
                 leaves = pytree.tree_leaves(output if is_output else (args, kwargs))
-                events.extend((path, is_output, v.clone()) for v in leaves if isinstance(v, Tensor))
+                events.extend((path, is_output, keep(v)) for v in leaves if isinstance(v, Tensor))
 
             return hook
 
