@@ -82,7 +82,7 @@ def list_torchvision() -> list[Case]:
 
 
 def _picture_size(name: str) -> int:
-    if name.startswith(("vit_", "maxvit_")):
+    if name.startswith("maxvit_"):
         return 224
     return 128 if name.startswith(("inception", "googlenet", "alexnet", "squeezenet")) else 64
 
@@ -97,6 +97,8 @@ def _build_vision(name: str, size: int) -> Callable[[], Built]:
             options |= {"init_weights": False, "aux_logits": False}
         if "deeplab" in name or "fcn" in name or "lraspp" in name:
             options["weights_backbone"] = None
+        if name.startswith("vit_"):
+            options["image_size"] = size
         return get_model(name, weights=None, **options).eval(), (picture(size),), {}
 
     return build
@@ -106,8 +108,8 @@ def _build_video(name: str) -> Callable[[], Built]:
     def build() -> Built:
         from torchvision.models import get_model
 
-        size, frames = (224, 16) if name.startswith("mvit") else (64, 16)
-        clip = torch.randn(BATCH, 3, frames, size, size, generator=torch.Generator().manual_seed(0))
+        size = 224 if name.startswith(("mvit", "s3d")) else 64
+        clip = torch.randn(BATCH, 3, 16, size, size, generator=torch.Generator().manual_seed(0))
         return get_model(name, weights=None).eval(), (clip,), {}
 
     return build
