@@ -150,7 +150,7 @@ class TestCompress:
 
     def test_in_a_terminal_there_are_bars_unless_quiet(self, folder: Path) -> None:
         """A terminal is what the program sees as one; the bars come after two seconds, so a long stage is asked for."""
-        command = ("compress", "net:build", "--inputs", "x.npz", *OPTIONS)
+        command = ("compress", "net:build", "--inputs", "x.npz", *OPTIONS, "--batch", "80")
         assert "Distilling" in self.show(folder, *command)
         assert self.show(folder, *command, "--quiet") == ""
 

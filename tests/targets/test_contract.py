@@ -275,6 +275,15 @@ def read_thread_times() -> dict[str, int]:
     return found
 
 
+def count_working_threads(session: Any, x: torch.Tensor) -> int:
+    """Run for most of a second and return how many threads did a tenth of the work or more."""
+    before, end = read_thread_times(), time.perf_counter() + 0.8
+    while time.perf_counter() < end:
+        session.run([x.numpy()])
+    worked = {key: ticks - before.get(key, 0) for key, ticks in read_thread_times().items()}
+    return sum(ticks > 0.1 * sum(worked.values()) for ticks in worked.values())
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
 @pytest.mark.parametrize("name", TARGETS)
 def test_as_many_threads_work_as_were_asked_for(name: str, tmp_path: Path) -> None:
@@ -286,12 +295,11 @@ def test_as_many_threads_work_as_were_asked_for(name: str, tmp_path: Path) -> No
     for threads in (1, 2, 1):
         session = target.load(path, threads=threads)
         outputs.append(torch.from_numpy(session.run([x.numpy()])[0]))
-        before, end = read_thread_times(), time.perf_counter() + 0.8
-        while time.perf_counter() < end:
-            session.run([x.numpy()])
-        worked = {key: ticks - before.get(key, 0) for key, ticks in read_thread_times().items()}
-        # A tenth of the work: a busy machine may give the second thread less than its half.
-        assert sum(ticks > 0.1 * sum(worked.values()) for ticks in worked.values()) == threads, (threads, worked)
+        # A busy machine may leave the second thread next to nothing for a while; too many threads it cannot hide.
+        counts = [count_working_threads(session, x)]
+        while counts[-1] < threads and len(counts) < 10:
+            counts.append(count_working_threads(session, x))
+        assert counts[-1] == threads, (threads, counts)
     assert all(torch.allclose(outputs[0], y, atol=FLOAT_TOLERANCE * float(y.abs().max())) for y in outputs)
 
 
