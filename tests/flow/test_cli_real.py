@@ -150,7 +150,9 @@ class TestCompress:
 
     def test_in_a_terminal_there_are_bars_unless_quiet(self, folder: Path) -> None:
         """A terminal is what the program sees as one; the bars come after two seconds, so a long stage is asked for."""
-        command = ("compress", "net:build", "--inputs", "x.npz", *OPTIONS, "--batch", "80")
+        x = np.random.default_rng(0).normal(size=(160, 3, 32, 32)).astype(np.float32)
+        np.savez(folder / "large.npz", x=x)
+        command = ("compress", "net:build", "--inputs", "large.npz", *OPTIONS, "--batch", "64")
         assert "Distilling" in self.show(folder, *command)
         assert self.show(folder, *command, "--quiet") == ""
 
