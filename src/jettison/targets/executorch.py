@@ -7,6 +7,7 @@ on first use.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
@@ -233,6 +234,7 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
     )
 
 
+@functools.cache  # asked for at every run
 def _import_runtime() -> Any:
     reason = why_missing()
     if reason:
