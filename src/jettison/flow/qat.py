@@ -18,7 +18,7 @@ from jettison.flow.calibration import Calibration, list_digests, make_calibratio
 from jettison.flow.folder import fingerprint, open_folder
 from jettison.flow.reading import Data, fit_batch
 from jettison.flow.recovering import make_schedule
-from jettison.flow.run import split_samples
+from jettison.flow.run import split_judges
 from jettison.flow.schemes import find_scheme
 from jettison.flow.sensitivity import measure_loss
 from jettison.graph.trace import Batch, Traced, nest, trace_module
@@ -147,7 +147,7 @@ def _open(
 def _train(
     task: Task, data: Calibration, recipe: Recipe, rungs: Sequence[str], seed: int, state: Path | None
 ) -> Quantized:
-    fitting, judges = _split(data, recipe)
+    fitting, judges = split_judges(data, recipe)
     start = quantize_graph(task.traced.module, fitting, scheme=task.scheme, exclude=task.floats, rungs=rungs, seed=seed)
     spots = dict(list_spots(start.module, task.scheme, task.coarse))
     student = make_trainable(start.module, task.traced.module, task.scheme, coarse=task.coarse)
@@ -189,14 +189,3 @@ def _distil(
 
 def _iterate(data: Calibration, judged: frozenset[int], epoch: int) -> Iterator[Batch]:
     return data.iterate_without(judged, epoch)
-
-
-def _split(data: Calibration, recipe: Recipe) -> tuple[list[Batch], list[Batch]]:
-    """Return batches to calibrate with and batches that only judge; the same ones where there are no more."""
-    taken = data.take(recipe.samples + recipe.judges)
-    total = sum(len(b[0]) for b in taken)
-    first = max(1, total * recipe.samples // (recipe.samples + recipe.judges))
-    if data.fixed is not None:
-        first = max(1, round(first / data.fixed)) * data.fixed
-    fitting, judges = split_samples(taken, first)
-    return fitting, judges or fitting

@@ -115,6 +115,17 @@ def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], li
     return left, right
 
 
+def split_judges(data: Calibration, recipe: Recipe) -> tuple[list[Batch], list[Batch]]:
+    """Return batches to fit to and batches that only judge; the same ones where there are no more."""
+    taken = data.take(recipe.samples + recipe.judges)
+    total = sum(len(b[0]) for b in taken)
+    first = max(1, total * recipe.samples // (recipe.samples + recipe.judges))
+    if data.fixed is not None:
+        first = max(1, round(first / data.fixed)) * data.fixed
+    fitting, judges = split_samples(taken, first)
+    return fitting, judges or fitting
+
+
 def export_file(run: Run, module: fx.GraphModule, path: Path) -> None:
     """Write a flat graph, float or converted, as the target's file."""
     traced = run.graph.traced

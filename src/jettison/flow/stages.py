@@ -17,20 +17,20 @@ from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
-from jettison.flow.calibration import Calibration, list_digests, make_calibration
+from jettison.flow.calibration import list_digests, make_calibration
 from jettison.flow.choosing import check_plannable
 from jettison.flow.costs import make_cost_model
 from jettison.flow.kinds import apply_kind, check_kind
 from jettison.flow.planning import make_plan, read_limits
 from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
 from jettison.flow.recovering import make_schedule, train_if_better
-from jettison.flow.run import split_samples
+from jettison.flow.run import split_judges
 from jettison.flow.schemes import find_scheme
 from jettison.flow.sensitivity import Sensitivity, measure_sensitivity
 from jettison.graph.check import check_masked
 from jettison.graph.groups import Graph
 from jettison.graph.rewrite import prune_graph, slice_graph
-from jettison.graph.trace import Batch, Traced, hint, nest, trace_module
+from jettison.graph.trace import Traced, hint, nest, trace_module
 from jettison.pruning.recalibrate import recalibrate
 from jettison.quantization import Quantized
 from jettison.quantization import quantize as quantize_graph
@@ -53,7 +53,7 @@ def sensitivity(graph: Graph, calibration: Data, *, recipe: Recipe | None = None
     """
     recipe = recipe or Recipe()
     with torch.random.fork_rng():
-        fitting, judges = _split(read_calibration(graph, calibration, seed), recipe)
+        fitting, judges = split_judges(read_calibration(graph, calibration, seed), recipe)
         return measure_sensitivity(graph, fitting, judges, recipe=recipe, seed=seed)
 
 
@@ -114,7 +114,7 @@ def recover(
     # The caller may stand inside inference_mode; gradients are switched on where something learns.
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         data = read_calibration(graph, calibration, seed)
-        fitting, judges = _split(data, recipe)
+        fitting, judges = split_judges(data, recipe)
         keeps = graph.keeps(plan.kept)
         student = prune_graph(graph, plan.kept).module
         recalibrate(graph, student, keeps, fitting, positions=recipe.positions, seed=seed)
@@ -246,17 +246,6 @@ def verify(graph: Graph, plan: Plan, inputs: Any) -> Check:
     check_like(graph.traced, tensors)
     keeps = graph.keeps(plan.kept)
     return check_masked(graph, slice_graph(graph, keeps), keeps, tensors)
-
-
-def _split(data: Calibration, recipe: Recipe) -> tuple[list[Batch], list[Batch]]:
-    """Return batches to fit to and batches that only judge; the same ones where there are no more."""
-    taken = data.take(recipe.samples + recipe.judges)
-    total = sum(len(b[0]) for b in taken)
-    first = max(1, total * recipe.samples // (recipe.samples + recipe.judges))
-    if data.fixed is not None:
-        first = max(1, round(first / data.fixed)) * data.fixed
-    fitting, judges = split_samples(taken, first)
-    return fitting, judges or fitting
 
 
 def _flatten(model: nn.Module, inputs: Any) -> Traced:
