@@ -13,8 +13,8 @@ from torch.fx.graph import CodeGen
 
 from jettison.core.errors import CalibrationError, NonFiniteError, UnknownName
 from jettison.quantization import measure_sqnr, quantize
+from jettison.quantization.convert import fold
 from jettison.quantization.fold import find_layers, name_operator
-from jettison.quantization.ptq import fold
 from jettison.quantization.ranges import HALF_BINS, Histogram, choose_scale, choose_weight_scale, span_minmax, span_mse
 from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_linear, quantize_operator
 from jettison.targets.onnxruntime import scheme

@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jettison.quantization.convert import Quantized as Quantized
+    from jettison.quantization.convert import Site as Site
     from jettison.quantization.diagnose import measure_sqnr as measure_sqnr
     from jettison.quantization.ladder import RUNGS as RUNGS
     from jettison.quantization.ladder import Climb as Climb
     from jettison.quantization.ladder import climb as climb
-    from jettison.quantization.ptq import Quantized as Quantized
-    from jettison.quantization.ptq import Site as Site
     from jettison.quantization.ptq import quantize as quantize
     from jettison.quantization.ranges import RANGERS as RANGERS
 
@@ -25,8 +25,8 @@ _WHERE = {
     "Climb": "ladder",
     "climb": "ladder",
     "RUNGS": "ladder",
-    "Quantized": "ptq",
-    "Site": "ptq",
+    "Quantized": "convert",
+    "Site": "convert",
     "quantize": "ptq",
     "RANGERS": "ranges",
 }

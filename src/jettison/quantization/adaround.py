@@ -9,17 +9,16 @@ the end single weights are flipped as long as that helps; and a channel whose re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
 from jettison.quantization.convert import find_clamp
-from jettison.quantization.fold import copy_graph, read_attribute
+from jettison.quantization.fold import copy_graph
 from jettison.quantization.replay import Batches, Layer, walk_layers
 from jettison.quantization.weights import (
     choose_every,
@@ -190,15 +189,14 @@ def apply_adaround(
 ) -> GraphModule:
     """Return a converted graph whose layers' roundings are learned one after the other; scales and biases stay."""
     converted = copy_graph(converted)
-    for layer in track(list_layers(folded, converted, batches), "AdaRound"):
+    for layer in track(walk_layers(folded, converted, batches), "AdaRound"):
         found = read_weight(converted, layer.node)
         shape, groups = found.integers.shape, count_groups(layer.node)
-        weight = read_attribute(folded, str(layer.original.args[1].target)).float()  # type: ignore[union-attr]
-        bias = _read_bias(folded, layer.original)
+        bias = layer.bias
         ends = find_clamp(layer.original)
         columns, floats = sample_columns(layer, shape)
-        rows = split_rows(weight, groups)
-        offset = torch.zeros_like(found.scale) if bias is None else bias
+        rows = split_rows(layer.weight.float(), groups)
+        offset = torch.zeros_like(found.scale) if bias is None else bias.float()
         wanted = (rows @ floats + offset.view(groups, -1, 1)).clamp(*ends)
         own = torch.zeros_like(found.scale) if found.bias is None else found.bias
         with torch.inference_mode(False), torch.enable_grad():
@@ -218,11 +216,6 @@ def apply_adaround(
     return converted
 
 
-def list_layers(folded: GraphModule, converted: GraphModule, batches: Batches) -> Iterator[Layer]:
-    """Give the layers one by one; an iterator, since each must be done before the next one's inputs are known."""
-    yield from walk_layers(folded, converted, batches)
-
-
 def sample_columns(layer: Layer, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Return positions `(groups, inputs, positions)` of the layer's unfolded quantized and float inputs."""
     parts: list[tuple[Tensor, ...]] = []
@@ -235,8 +228,3 @@ def sample_columns(layer: Layer, shape: torch.Size) -> tuple[Tensor, Tensor]:
             parts.append(tuple(unfold(x, layer.node, shape, every) for x in part))
     columns, floats = (torch.cat(kind, -1) for kind in zip(*parts, strict=True))
     return columns, floats
-
-
-def _read_bias(folded: GraphModule, node: Node) -> Tensor | None:
-    held = node.args[2] if len(node.args) > 2 else None
-    return read_attribute(folded, str(held.target)).float() if isinstance(held, Node) else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from jettison.quantization.bits import read_levels
-from jettison.quantization.fold import copy_graph, read_attribute
+from jettison.quantization.fold import copy_graph
 from jettison.quantization.ranges import GRID_POINTS, SMALLEST_SHARE
 from jettison.quantization.replay import Batches, Layer, walk_layers
 from jettison.quantization.weights import (
@@ -231,27 +231,23 @@ def apply_gptq(
     for layer in walk_layers(folded, converted, batches):
         found = read_weight(converted, layer.node)
         shape, groups = found.integers.shape, count_groups(layer.node)
-        rows = split_rows(read_attribute(folded, str(layer.original.args[1].target)).to(dtype), groups)  # type: ignore[union-attr]
+        rows = split_rows(layer.weight.to(dtype), groups)
         moments = measure_moments(layer, shape, dtype=dtype)
         smallest = find_smallest_scale(found).to(dtype).view(groups, -1)
         target = refit(rows, moments, damping)
         integers, scale = solve_layer(
             target, moments, found.scale.to(dtype).view(groups, -1), smallest, read_levels(layer.node), damping=damping
         )
-        bias = found.bias
-        if bias is not None:
+        bias, own = found.bias, layer.bias
+        if bias is not None and own is not None:
             rounded = integers * scale.unsqueeze(-1)
             means = rows @ moments.float_mean.unsqueeze(-1) - rounded @ moments.mean.unsqueeze(-1)
             if moments.missing_mean is not None:
                 means = means + moments.missing_mean.unsqueeze(-1)
-            bias = _read_bias(folded, layer) + means.flatten().float()
+            bias = own.float() + means.flatten().float()
         write_weight(
             converted,
             layer.node,
             replace(found, integers=integers.float().reshape(shape), scale=scale.float().flatten(), bias=bias),
         )
     return converted
-
-
-def _read_bias(folded: GraphModule, layer: Layer) -> Tensor:
-    return read_attribute(folded, str(layer.original.args[2].target)).float()  # type: ignore[union-attr]

@@ -7,11 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 from torch.fx import GraphModule
 
-from jettison.quantization.convert import Quantized as Quantized
-from jettison.quantization.convert import Site as Site
-from jettison.quantization.convert import fold as fold
-from jettison.quantization.convert import quiet_torchao as quiet_torchao
-from jettison.quantization.convert import read_clamp as read_clamp
+from jettison.quantization.convert import Quantized
 from jettison.quantization.ladder import apply_rungs, check_rungs, prepare
 from jettison.quantization.ranges import Ranger
 from jettison.targets.integer import IntegerScheme

@@ -129,6 +129,22 @@ class Layer:
         """How many items all batches hold."""
         return sum(len(batch[0]) for batch in self.quantized.batches)
 
+    @property
+    def weight(self) -> Tensor:
+        """The float network's weight."""
+        found: Tensor = self.float.evaluate(self._argument(1))
+        return found
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The float network's bias, or None."""
+        return self.float.evaluate(self._argument(2)) if self.original.args[2:3] not in ((), (None,)) else None
+
+    def _argument(self, place: int) -> Node:
+        found = self.original.args[place]
+        assert isinstance(found, Node)
+        return found
+
     def inputs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the layer's input in the quantized and in the float network, batch by batch."""
         for tensors in self.tensors():
