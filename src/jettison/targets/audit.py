@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jettison.core.errors import UnknownName
-from jettison.core.record import Interval
+from jettison.core.record import Interval, TimeShare
 from jettison.targets.onnx_layers import FileLayer
 
 
@@ -153,6 +153,12 @@ def share_of_time(operators: Sequence[Operator], precisions: Sequence[str]) -> f
     """Return the part of the profiled time that operators of these precisions take; None where nothing was run."""
     total = sum(o.ms for o in operators if o.ms is not None)
     return sum(o.ms for o in operators if o.ms is not None and o.precision in precisions) / total if total else None
+
+
+def rank_times(operators: Sequence[Operator]) -> tuple[TimeShare, ...]:
+    """Return the operators that take time, longest first."""
+    timed = (TimeShare(o.name, o.kernel, o.ms) for o in operators if o.ms)
+    return tuple(sorted(timed, key=lambda share: -share.ms))
 
 
 def tell_integers(layers: Sequence[str], operators: Sequence[Operator]) -> dict[str, bool]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.core.record import TimeShare
 from jettison.targets import graph_file
-from jettison.targets.audit import Operator, check_precision, tell_integers
+from jettison.targets.audit import Operator, check_precision, rank_times, tell_integers
 from jettison.targets.feeding import predict as predict
 from jettison.targets.graph_file import export as export
 from jettison.targets.memory import measure_growth
@@ -184,7 +184,7 @@ def profile(
 ) -> tuple[TimeShare, ...]:
     """Return the median milliseconds of every operator, longest first; the clock itself costs microseconds."""
     found = list_operators(path, arrays, threads=threads, runs=runs, precision=precision)
-    return tuple(sorted((TimeShare(o.name, o.kernel, o.ms) for o in found if o.ms), key=lambda share: -share.ms))
+    return rank_times(found)
 
 
 START = """

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from jettison.core.errors import CheckpointError, ExportError, TargetMissing
 from jettison.core.plain import write_bytes
 from jettison.core.record import TimeShare
-from jettison.targets.audit import Operator, check_precision, tell_integers
+from jettison.targets.audit import Operator, check_precision, rank_times, tell_integers
 from jettison.targets.feeding import predict as predict
-from jettison.targets.integer import IntegerScheme, Levels
+from jettison.targets.integer import CLAMPS, LAYERS, MOVES, IntegerScheme, Levels
 from jettison.targets.memory import measure_growth
 
 if TYPE_CHECKING:
@@ -60,22 +60,14 @@ def scheme() -> IntegerScheme:
         target="executorch",
         activation=Levels(-128, 127, symmetric=False),
         weight=Levels(-127, 127, symmetric=True),
-        weighted=dict.fromkeys(
-            ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default"), 0
-        ),
+        weighted=dict.fromkeys(LAYERS, 0),
         float_output=frozenset(),
-        fused=frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.default", "aten.clamp.default"}),
+        fused=CLAMPS,
         requantized=frozenset(
             {"aten.add.Tensor", "aten.mul.Tensor", "aten.mean.dim", "aten.adaptive_avg_pool2d.default"}
         ),
         shared=frozenset({"aten.cat.default"}),
-        inherited=frozenset(
-            f"aten.{name}"
-            for name in (
-                *("max_pool2d.default", "flatten.using_ints", "view.default", "reshape.default"),
-                *("permute.default", "transpose.int", "constant_pad_nd.default", "pad.default"),
-            )
-        ),
+        inherited=MOVES,
         why="XNNPACK's QS8 and QC8 kernels; sums of s8 x s8 products are exact",
     )
 
@@ -312,7 +304,7 @@ def profile(
 ) -> tuple[TimeShare, ...]:
     """Return the median milliseconds of every operator that the runtime's own profile names, longest first."""
     found = list_operators(path, arrays, threads=threads, runs=runs)
-    return tuple(sorted((TimeShare(o.name, o.kernel, o.ms) for o in found if o.ms), key=lambda share: -share.ms))
+    return rank_times(found)
 
 
 _START = """

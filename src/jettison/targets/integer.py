@@ -24,6 +24,25 @@ class Levels:
     symmetric: bool
 
 
+LAYERS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default")
+"""Operators with weights that every integer target runs, their output channels first."""
+CLAMPS = frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.default", "aten.clamp.default"})
+"""Activations that a range covers."""
+MOVES = frozenset(
+    {
+        "aten.constant_pad_nd.default",
+        "aten.pad.default",
+        "aten.max_pool2d.default",
+        "aten.flatten.using_ints",
+        "aten.view.default",
+        "aten.reshape.default",
+        "aten.permute.default",
+        "aten.transpose.int",
+    }
+)
+"""Operators whose output holds nothing but numbers of their input, or zero."""
+
+
 @dataclass(frozen=True)
 class IntegerScheme:
     """Which operators a target runs on integers, and how their tensors are stored.

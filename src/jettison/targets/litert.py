@@ -21,7 +21,7 @@ from jettison.core.plain import write_bytes
 from jettison.core.record import TimeShare
 from jettison.targets.audit import Operator, check_precision, tell_integers
 from jettison.targets.feeding import predict as predict
-from jettison.targets.integer import IntegerScheme, Levels
+from jettison.targets.integer import CLAMPS, LAYERS, MOVES, IntegerScheme, Levels
 from jettison.targets.memory import measure_growth
 
 if TYPE_CHECKING:
@@ -51,11 +51,9 @@ def scheme() -> IntegerScheme:
         target="litert",
         activation=Levels(-128, 127, symmetric=False),
         weight=Levels(-127, 127, symmetric=True),
-        weighted=dict.fromkeys(
-            ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default"), 0
-        ),
+        weighted=dict.fromkeys(LAYERS, 0),
         float_output=frozenset(),
-        fused=frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.default", "aten.clamp.default"}),
+        fused=CLAMPS,
         requantized=frozenset(
             f"aten.{name}"
             for name in (
@@ -64,13 +62,7 @@ def scheme() -> IntegerScheme:
             )
         ),
         shared=frozenset({"aten.cat.default"}),
-        inherited=frozenset(
-            f"aten.{name}"
-            for name in (
-                *("max_pool2d.default", "flatten.using_ints", "view.default", "reshape.default"),
-                *("permute.default", "transpose.int", "constant_pad_nd.default", "pad.default"),
-            )
-        ),
+        inherited=MOVES,
         why="LiteRT's int8 specification; sums of s8 x s8 products are exact",
     )
 

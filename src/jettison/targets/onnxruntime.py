@@ -22,7 +22,7 @@ from jettison.core.errors import CheckpointError, TargetMissing
 from jettison.core.record import TimeShare
 from jettison.targets.audit import Operator, check_precision, name_product, tell_integers
 from jettison.targets.feeding import predict as predict
-from jettison.targets.integer import IntegerScheme, Levels
+from jettison.targets.integer import CLAMPS, LAYERS, MOVES, IntegerScheme, Levels
 from jettison.targets.memory import measure_growth
 from jettison.targets.onnx_file import export as export
 from jettison.targets.onnx_layers import PRODUCTS
@@ -52,31 +52,14 @@ def scheme(cpu_flags: frozenset[str] | None = None) -> IntegerScheme:
         activation=Levels(0, 255, symmetric=False),
         weight=Levels(-limit, limit, symmetric=True),
         # No transposed convolution: the CPU provider has no integer kernel for it.
-        weighted={
-            "aten.conv1d.default": 0,
-            "aten.conv2d.default": 0,
-            "aten.conv2d.padding": 0,
-            "aten.linear.default": 0,
-        },
+        weighted=dict.fromkeys(LAYERS, 0),
         float_output=frozenset({"aten.linear.default"}),
-        fused=frozenset({"aten.relu.default", "aten.relu6.default", "aten.hardtanh.default", "aten.clamp.default"}),
+        fused=CLAMPS,
         requantized=frozenset(
             {"aten.add.Tensor", "aten.mean.dim", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default"}
         ),
         shared=frozenset({"aten.cat.default"}),
-        inherited=frozenset(
-            {
-                "aten.constant_pad_nd.default",
-                "aten.pad.default",
-                "aten.max_pool2d.default",
-                "aten.flatten.using_ints",
-                "aten.view.default",
-                "aten.reshape.default",
-                "aten.squeeze.dims",
-                "aten.permute.default",
-                "aten.transpose.int",
-            }
-        ),
+        inherited=MOVES | {"aten.squeeze.dims"},
         why=why,
     )
 

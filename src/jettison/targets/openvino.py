@@ -21,7 +21,7 @@ from jettison.core.plain import write_bytes
 from jettison.core.record import TimeShare
 from jettison.targets import onnx_file, onnx_layers
 from jettison.targets import onnxruntime as ort
-from jettison.targets.audit import Operator, check_precision, name_product, tell_integers
+from jettison.targets.audit import Operator, check_precision, name_product, rank_times, tell_integers
 from jettison.targets.feeding import predict as predict
 from jettison.targets.integer import IntegerScheme
 from jettison.targets.memory import measure_growth
@@ -184,7 +184,7 @@ def profile(
 ) -> tuple[TimeShare, ...]:
     """Return the median milliseconds of every operator of the runtime's own graph that takes time, longest first."""
     found = list_operators(path, arrays, threads=threads, runs=runs, precision=precision)
-    return tuple(sorted((TimeShare(o.name, o.kernel, o.ms) for o in found if o.ms), key=lambda share: -share.ms))
+    return rank_times(found)
 
 
 def audit(path: Path, layers: Sequence[str]) -> dict[str, bool]:
