@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,9 @@ FLOAT_TOLERANCE = 1e-4
 """Relative to the largest output: another library sums in another order, and may use Winograd's convolutions."""
 HALF_TOLERANCE = 0.03
 """Relative to the largest output: bfloat16 has 8 bits of mantissa, and some tens of layers each lose half a bit."""
-WITHIN_ONE_STEP = 0.95
-"""Share of outputs within one 8-bit step of the output's range. Less than ONNX Runtime's 0.9999: OpenVINO adds
-branches in float32 before it rounds, where the simulation, as ONNX Runtime, rounds each branch first."""
+WITHIN_ONE_STEP = {"fashion": 0.9999, "upsampled": 0.9999, "tokens": 0.999}
+"""Share of outputs within one 8-bit step of the output's range. LayerNorm and GELU are computed in float by other code
+than PyTorch's: a last bit of theirs turns a rounding now and then, and a turned one spreads over its row."""
 
 
 class Upsampled(nn.Module):
@@ -153,9 +153,21 @@ def share_within_a_step(wanted: Tensor, given: Tensor) -> float:
 def test_simulation_equals_the_runtime_within_a_step(cases: dict[str, Case], name: str) -> None:
     case = cases[name]
     given, wanted = run(case.int8_file, case.x), case.quantized.module(case.x)[0]
-    assert share_within_a_step(wanted, given) >= WITHIN_ONE_STEP
+    assert share_within_a_step(wanted, given) >= WITHIN_ONE_STEP[name]
     planted = run(case.int8_file, case.x * 1.1)
-    assert share_within_a_step(wanted, planted) < WITHIN_ONE_STEP
+    assert share_within_a_step(wanted, planted) < WITHIN_ONE_STEP[name]
+
+
+def test_a_convolution_adds_before_it_rounds(cases: dict[str, Case]) -> None:
+    """A file that asks for a rounding between a convolution and an addition does not get it: the scheme asks for none."""
+    case = cases["fashion"]
+    asked = quantize(case.graph, [(case.x,)], scheme=replace(target.scheme(), summed=frozenset()))
+    unasked = quantize(case.graph, [(case.x,)], scheme=target.scheme())
+    shares = []
+    for number, form in enumerate((asked, unasked)):
+        file = write(form.module, case.int8_file.with_name(f"sums{number}.onnx"), case.x[:1])
+        shares.append(share_within_a_step(form.module(case.x)[0], run(file, case.x)))
+    assert shares[0] < WITHIN_ONE_STEP["fashion"] <= shares[1]
 
 
 @pytest.mark.parametrize("name", NETS)

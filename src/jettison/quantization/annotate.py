@@ -105,6 +105,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         self.specs: dict[tuple[Levels, Ranger], QuantizationSpec] = {}
         self.levels: dict[Node, Levels] = {}
         self.annotated: set[Node] = set()
+        self.summed: set[Node] = set()
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate `model` in place, as PT2E asks, and return it."""
@@ -185,8 +186,24 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 qscheme=torch.per_channel_symmetric,
                 ch_axis=0,
             )
-        floats = name_operator(node) in self.scheme.float_output and self._ends_in_float(node)
-        self._give(node, inputs, None if floats else self._specify(self._end_of(node)))
+        end = self._end_of(node)
+        if self._is_summed(end):
+            self.summed.add(end)
+        floats = end in self.summed or (name_operator(node) in self.scheme.float_output and self._ends_in_float(node))
+        self._give(node, inputs, None if floats else self._specify(end))
+
+    def _is_summed(self, end: Node) -> bool:
+        """Say if the kernel that gives `end` adds to it before it rounds; of two that could, the left one does."""
+        readers = list(end.users)
+        if len(readers) != 1 or name_operator(readers[0]) != "aten.add.Tensor" or len(readers[0].args) != 2:
+            return False
+        able = [a for a in readers[0].args if isinstance(a, Node) and len(a.users) == 1 and self._sums(a)]
+        return bool(able) and able[0] is end
+
+    def _sums(self, end: Node) -> bool:
+        """Say if `end`, or the layer whose activation it is, has a kernel that adds before it rounds."""
+        source = end.args[0] if name_operator(end) in self.scheme.fused and end.args else end
+        return isinstance(source, Node) and name_operator(source) in self.scheme.summed and self._end_of(source) is end
 
     def _ends_in_float(self, node: Node) -> bool:
         """Say if nobody on the integer side reads this output, so that quantizing it would cost and bring nothing."""
@@ -199,9 +216,10 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         both = name_operator(node) not in ("aten.add.Tensor", "aten.mul.Tensor") or len(tensors) == 2
         if not both or not all(a.meta["val"].is_floating_point() for a in tensors):
             return
-        if not any(map(self._is_quantized, tensors)):
+        if not any(self._is_quantized(tensor) or tensor in self.summed for tensor in tensors):
             return
-        self._give(node, {tensor: self._specify(tensor) for tensor in tensors}, self._specify(self._end_of(node)))
+        inputs: dict[Node, object] = {tensor: self._specify(tensor) for tensor in tensors if tensor not in self.summed}
+        self._give(node, inputs, self._specify(self._end_of(node)))
 
     def _annotate_shared(self, node: Node) -> None:
         sources = node.args[0]

@@ -51,7 +51,8 @@ class IntegerScheme:
     float32 straight from its integer kernel; the others must be followed by a quantized tensor. `fused` are
     activations that disappear into the range of the operator before them. `requantized` have their own output
     range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
-    All operator names are like "aten.conv2d.default". `bits` gives single layers, by name, fewer bits than the target's
+    `summed` are weighted operators whose kernel adds another tensor before it rounds: where an addition is their only
+    reader, they have no range of their own. All operator names are like "aten.conv2d.default". `bits` gives single layers, by name, fewer bits than the target's
     own: those of the weight and those of the tensor it multiplies.
     """
 
@@ -66,6 +67,7 @@ class IntegerScheme:
     inherited: frozenset[str]
     why: str
     bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    summed: frozenset[str] = frozenset()
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:

@@ -23,7 +23,7 @@ from jettison.targets import onnx_file, onnx_layers
 from jettison.targets import onnxruntime as ort
 from jettison.targets.audit import Operator, check_precision, name_product, rank_times, tell_integers
 from jettison.targets.feeding import predict as predict
-from jettison.targets.integer import IntegerScheme
+from jettison.targets.integer import LAYERS, IntegerScheme
 from jettison.targets.memory import measure_growth
 
 if TYPE_CHECKING:
@@ -50,10 +50,16 @@ def scheme(cpu_flags: frozenset[str] | None = None) -> IntegerScheme:
 
     That of ONNX Runtime, with transposed convolutions, which ONNX Runtime never runs on integers and OpenVINO does
     where their input is not negative, as after a ReLU. Elsewhere it unpacks their weights at every run: the audit names
-    them, exclude them then.
+    them, exclude them then. A convolution takes in the addition after it and does not round in between, whatever the
+    file says; so files ask for no rounding there.
     """
     base = ort.scheme(cpu_flags)
-    return replace(base, target="openvino", weighted={**base.weighted, "aten.conv_transpose2d.input": 1})
+    return replace(
+        base,
+        target="openvino",
+        weighted={**base.weighted, "aten.conv_transpose2d.input": 1},
+        summed=frozenset(name for name in LAYERS if "conv" in name),
+    )
 
 
 def export(
