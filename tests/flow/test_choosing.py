@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -224,27 +225,24 @@ def test_bad_questions(model: nn.Module, tmp_path: Path) -> None:
             ask()
 
 
-def test_compress_refuses_what_it_cannot_plan_for(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="OpenVINO runs the file"):
-        jt.compress(model, inputs(), budget=jt.Budget(macs=0.5), target="openvino", quiet=True)
-    real = choosing.choose_target
+def fake_choice(monkeypatch: pytest.MonkeyPatch, *fakes: Fake) -> None:
+    """Let "auto" choose among these alone."""
+    real, names = choosing.choose_target, install(monkeypatch, *fakes)
+    monkeypatch.setattr(choosing, "choose_target", lambda *a, **k: real(*a, targets=names, rounds=3, **k))
 
-    def choose_fake(*args: Any, **settings: Any) -> Any:
-        return real(*args, targets=("quick",), rounds=3, **settings)
 
-    install(monkeypatch, Fake("quick", {"fp32": 0.1}))
-    monkeypatch.setattr(choosing, "choose_target", choose_fake)
-    with pytest.raises(InputError, match="Recommended: quick fp32"):
+def test_auto_settles_on_the_fastest_that_will_be_deployed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float is compared with float and int8 with int8, whatever else is faster."""
+    fake_choice(monkeypatch, Fake("half", {"fp32": 1.0, "int8": 3.0}), Fake("whole", {"fp32": 2.0, "int8": 1.0}))
+    settle = partial(choosing.settle_target, "auto", model, inputs(), threads=1, seed=0)
+    assert (settle(quantize=True), settle(quantize=False)) == ("whole", "half")
+    assert choosing.settle_target("onnxruntime", model, inputs(), quantize=True, threads=1, seed=0) == "onnxruntime"
+
+
+def test_auto_says_that_nothing_fits(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_choice(monkeypatch, Fake("quick", {"fp32": 0.1}))
+    with pytest.raises(InputError, match=r"(?s)quick fp32.*quantize=False"):
         jt.compress(model, inputs(), budget=jt.Budget(macs=0.5), target="auto", quiet=True)
-
-
-def test_auto_goes_on_with_a_target_that_can_be_compressed_for(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = choosing.choose_target
-    monkeypatch.setattr(choosing, "choose_target", lambda *a, **k: real(*a, targets=("onnxruntime",), rounds=3, **k))
-    assert choosing.settle_target("auto", model, inputs(), threads=1, seed=0) == "onnxruntime"
-    assert choosing.settle_target("onnxruntime", model, inputs(), threads=1, seed=0) == "onnxruntime"
 
 
 def test_the_callers_model_is_left_alone(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

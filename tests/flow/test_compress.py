@@ -76,7 +76,7 @@ def test_files_and_round_trip(finished: jt.Result, tmp_path: Path) -> None:
     assert "digits" in page and page.rstrip().endswith("</html>")
     assert not [p for p in finished.folder.iterdir() if p.name.endswith(".partial")]
     saved = finished.save(tmp_path / "deep" / "saved")
-    assert sorted(p.name for p in saved.iterdir()) == sorted(DELIVERABLES)
+    assert sorted(p.name for p in saved.iterdir()) == sorted((*DELIVERABLES, "model.onnx"))
     for name in DELIVERABLES:
         assert (saved / name).read_bytes() == (finished.folder / name).read_bytes()
     assert finished.save(finished.folder) == finished.folder  # onto itself: nothing is lost

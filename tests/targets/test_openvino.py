@@ -159,7 +159,7 @@ def test_simulation_equals_the_runtime_within_a_step(cases: dict[str, Case], nam
 
 
 def test_a_convolution_adds_before_it_rounds(cases: dict[str, Case]) -> None:
-    """A file that asks for a rounding between a convolution and an addition does not get it: the scheme asks for none."""
+    """A file that asks for a rounding between a convolution and an addition does not get it, so the scheme has none."""
     case = cases["fashion"]
     asked = quantize(case.graph, [(case.x,)], scheme=replace(target.scheme(), summed=frozenset()))
     unasked = quantize(case.graph, [(case.x,)], scheme=target.scheme())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jettison.core.errors import InputError
+from jettison.core.errors import InputError, TargetMissing, UnknownName
 from jettison.core.plain import from_plain, to_plain
-from jettison.cost import LatencyTable, LayerShape, latency, latency_ms, measure_layers, measure_table
+from jettison.cost import LatencyTable, LayerShape, bench_openvino, latency, latency_ms, measure_layers, measure_table
 from jettison.cost import timing as timing_module
+from jettison.cost.bench_onnxruntime import open_session
 from jettison.cost.layers import build_model
-from jettison.cost.timing import open_session
 
 CONV = LayerShape("conv", 32, 64, (3, 3), (1, 1), (1, 1), input_size=(8, 8))
 DEPTHWISE = LayerShape("conv", 48, 48, (3, 3), (2, 2), (1, 1), groups=48, input_size=(8, 8))
@@ -25,7 +26,7 @@ STEM = LayerShape("conv", 3, 24, (3, 3), input_size=(9, 9))
 GROUPED = LayerShape("conv", 24, 48, (1, 1), groups=3, input_size=(4, 4))
 FAMILIES = [CONV, DEPTHWISE, LINEAR, STEM, GROUPED]
 TIMING_ORDER = 2.0
-"""A layer of 16 times the MACs takes at least twice as long, however busy the machine."""
+"""A layer of 64 times the MACs takes at least twice as long, however busy the machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +124,16 @@ def test_table_is_plain_data(fake: list[LayerShape]) -> None:
     assert set(table.machine) == {"cpu", "flags", "cores", "onnxruntime"}
 
 
+def test_runtimes_have_tables_of_their_own(fake: list[LayerShape]) -> None:
+    first = measure_table([CONV])
+    asked = len(fake)
+    other = measure_table([CONV], runtime="openvino")
+    assert len(fake) == 2 * asked and "openvino" in other.machine
+    assert measure_table([CONV]) == first and len(fake) == 2 * asked
+    with pytest.raises(UnknownName, match="openvino"):
+        measure_table([CONV], runtime="openvin")
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -172,10 +183,43 @@ def test_every_layer_runs_as_claimed(shapes: list[LayerShape], tmp_path: Path) -
     assert sorted(kernels) == wanted
 
 
-def test_real_times_follow_the_work() -> None:
-    small, large = CONV.at(16, 16), LayerShape("conv", 64, 64, (3, 3), (1, 1), (1, 1), input_size=(8, 8))
-    times = measure_layers([small, large, LINEAR], rounds=5)
+RUNTIMES = [
+    name if importlib.util.find_spec(name) else pytest.param(name, marks=pytest.mark.skip(reason=f"{name} is missing"))
+    for name in timing_module.RUNTIMES
+]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_real_times_follow_the_work(runtime: str, precision: str) -> None:
+    small = LayerShape("conv", 32, 32, (3, 3), (1, 1), (1, 1), input_size=(4, 4), precision=precision)
+    large = LayerShape("conv", 64, 64, (3, 3), (1, 1), (1, 1), input_size=(16, 16), precision=precision)
+    times = measure_layers([small, large, *(INT8 if precision == "int8" else FAMILIES)], runtime=runtime)
     assert all(t >= 0 for t in times) and times[1] > TIMING_ORDER * times[0] > 0
+
+
+def test_every_layer_has_its_kernel_in_openvino(tmp_path: Path) -> None:
+    """Each branch's kernel is told from the layout changes around it, integer ones included."""
+    pytest.importorskip("openvino")
+    rng = np.random.default_rng(0)
+    shapes = [*FAMILIES, *INT8]
+    bench = bench_openvino.Bench(build_model(shapes), len(shapes), 1, tmp_path)
+    for _ in range(8):
+        bench.run({f"x{i}": timing_module._draw_input(s, rng) for i, s in enumerate(shapes)})
+    kinds = {n.node_name: (n.node_type, n.exec_type) for n in bench.request.get_profiling_info()}
+    for index, shape in enumerate(shapes):
+        mine = [
+            k for name, k in kinds.items() if name.startswith(f"layer{index}_") and k[0] not in bench_openvino._AROUND
+        ]
+        ran = [execution for _, execution in mine if execution != "undef"]
+        assert len(ran) == 1 and ran[0].endswith("I8" if shape.precision == "int8" else "f32"), (shape, mine)
+    assert all(len(times) == 8 for times in bench.read())
+
+
+def test_a_missing_openvino_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("jettison.targets.openvino.why_missing", lambda: "openvino is not installed: run `pip ...`.")
+    with pytest.raises(TargetMissing, match="pip"):
+        bench_openvino.Bench(build_model([CONV]), 1, 1, tmp_path)
 
 
 def test_a_real_table_from_end_to_end() -> None:

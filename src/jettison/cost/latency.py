@@ -22,7 +22,7 @@ from pathlib import Path
 from jettison.core.errors import CheckpointError, InputError
 from jettison.core.plain import read_json, write_json
 from jettison.cost.layers import LayerShape
-from jettison.cost.timing import measure_layers
+from jettison.cost.timing import find_bench, measure_layers
 
 FORMAT = "jettison latency table 1"
 STEP = 8
@@ -69,14 +69,21 @@ class LatencyTable:
 
 
 def measure_table(
-    layers: Sequence[LayerShape], *, threads: int = 1, rounds: int = 20, cache: bool = True
+    layers: Sequence[LayerShape],
+    *,
+    runtime: str = "onnxruntime",
+    threads: int = 1,
+    rounds: int = 20,
+    cache: bool = True,
 ) -> LatencyTable:
     """Return a table that answers for each of `layers` at its own width and below.
 
-    Families found in the cache of this machine are not measured again. Raises InputError for bad counts,
-    StorageError where the cache cannot be written, TargetMissing without ONNX Runtime.
+    `runtime` is one of `timing.RUNTIMES`. Families found in the cache of this machine are not measured again. Raises
+    InputError for bad counts, UnknownName for a runtime that is none, StorageError where the cache cannot be written,
+    TargetMissing without the runtime.
     """
-    machine = describe_machine()
+    find_bench(runtime)
+    machine = describe_machine(runtime)
     path = cache_folder() / f"{_digest(machine)}-{threads}.json"
     known = {f.full: f for f in _read_cache(path, machine, threads)} if cache else {}
     wanted = list(dict.fromkeys(layers))
@@ -87,7 +94,7 @@ def measure_table(
     unique = [p for column in zip_longest(*points.values()) for p in dict.fromkeys(column) if p is not None]
     unique = list(dict.fromkeys(unique))
     together = max(MIN_TOGETHER, len(missing))
-    measured = measure_layers(unique, threads=threads, rounds=rounds, together=together)
+    measured = measure_layers(unique, runtime=runtime, threads=threads, rounds=rounds, together=together)
     times = dict(zip(unique, measured, strict=True))
     for shape, (ins, outs) in grids.items():
         ms = tuple(tuple(times[_at(shape, i, o)] for o in outs) for i in ins)
@@ -116,8 +123,8 @@ def latency_ms(table: LatencyTable, shape: LayerShape) -> float:
     )
 
 
-def describe_machine() -> dict[str, str]:
-    """Return what a measured time depends on: processor, its vector extensions, cores, and ONNX Runtime's version."""
+def describe_machine(runtime: str = "onnxruntime") -> dict[str, str]:
+    """Return what a measured time depends on: processor, its vector extensions, cores, and the runtime's version."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -132,10 +139,10 @@ def describe_machine() -> dict[str, str]:
     model = model or platform.processor() or platform.machine()
     flags = " ".join(f for f in _FLAGS if f in (lines.get("flags") or lines.get("Features") or "").split())
     try:
-        runtime = version("onnxruntime")
+        found = version(runtime)
     except PackageNotFoundError:
-        runtime = "none"
-    return {"cpu": model, "flags": flags, "cores": str(os.cpu_count()), "onnxruntime": runtime}
+        found = "none"
+    return {"cpu": model, "flags": flags, "cores": str(os.cpu_count()), runtime: found}
 
 
 def cache_folder() -> Path:

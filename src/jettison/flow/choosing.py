@@ -27,7 +27,7 @@ from jettison.flow.run import nest_predict
 from jettison.graph.trace import Batch, Traced, trace_module
 from jettison.progress import track
 from jettison.quantization import quantize
-from jettison.targets import COMPRESS_TARGETS, TARGETS
+from jettison.targets import TARGETS
 from jettison.targets.integer import IntegerScheme
 from jettison.targets.timing import ROUNDS, Timing, bootstrap_median, time_interleaved
 
@@ -123,34 +123,23 @@ def choose_target(
     return TargetChoice(ranked, recommended, reason, baseline, threads, count, work.missing, work.failed, folder)
 
 
-def settle_target(target: str, model: nn.Module, calibration: Data, *, threads: int, seed: int) -> str:
+def settle_target(target: str, model: nn.Module, calibration: Data, *, quantize: bool, threads: int, seed: int) -> str:
     """Return the target to compress for; "auto" measures them all on the network first.
 
-    Raises InputError for a target that can run the network but that nothing is planned for, naming what to do.
+    Of "auto"'s options only those in the precision that will be deployed count: int8, or float32 without `quantize`.
+    Raises InputError, with the table, where none of them agrees with the original.
     """
-    if target == "auto":
-        choice = choose_target(model, calibration, threads=threads, seed=seed)
-        if choice.recommended.target not in COMPRESS_TARGETS:
-            raise InputError(f"{choice}\n{_refuse(choice.recommended.target)}")
-        return choice.recommended.target
-    check_plannable(target)
-    return target
-
-
-def check_plannable(target: str) -> None:
-    """Raise InputError for a target that runs networks but that nothing can be planned for."""
-    if target in TARGETS and target not in COMPRESS_TARGETS:
-        raise InputError(_refuse(target))
-
-
-def _refuse(target: str) -> str:
-    known = " and ".join(repr(name) for name in COMPRESS_TARGETS)
-    also = " OpenVINO runs the file that it writes." if target == "openvino" else ""
-    return (
-        f"compress and plan cannot work for target={target!r}: the latency of single layers is measured in {known} "
-        f"only. Compress for {known} and run the result there, or hand its module to jettison.quantize and "
-        f"jettison.export with target={target!r}.{also}"
-    )
+    if target != "auto":
+        return target
+    choice = choose_target(model, calibration, threads=threads, seed=seed)
+    precision = "int8" if quantize else "fp32"
+    found = next((o for o in choice.options if o.precision == precision and o.good), None)
+    if found is None:
+        raise InputError(
+            f"{choice}\nNo target here keeps this network's outputs in {precision}, so none can be chosen to compress "
+            f"for. {'Pass recipe=Recipe(quantize=False), or n' if quantize else 'N'}ame the target yourself."
+        )
+    return found.target
 
 
 def _find_device(model: nn.Module) -> torch.device:

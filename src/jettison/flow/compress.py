@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from jettison.flow.proving import Measurements, count_widths, measure_variants, 
 from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
+from jettison.flow.schemes import find_scheme
 from jettison.graph.expressible import explain_whole, find_inexpressible
 from jettison.graph.groups import Graph, trace
 from jettison.progress import show_progress
@@ -43,10 +45,15 @@ from jettison.report.html import write_html
 from jettison.targets import find_target
 
 DELIVERABLES = (
-    "model.onnx", "model.json", "model.safetensors", "module.json", "module.safetensors",
-    "plan.json", "record.json", "report.html",
-)  # fmt: skip
-"""What `Result.save` copies; a run folder also holds the stages' own files."""
+    "model.json",
+    "model.safetensors",
+    "module.json",
+    "module.safetensors",
+    "plan.json",
+    "record.json",
+    "report.html",
+)
+"""What `Result.save` copies beside the file to deploy; a run folder also holds the stages' own files."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,10 @@ class Result:
 
     @property
     def artifact(self) -> Path:
-        """The file to deploy."""
-        return self.folder / "model.onnx"
+        """The file to deploy: `model.onnx`, or with the ending of another target."""
+        files = [v.file for v in self.record.variants if v.name == self.record.compressed]
+        assert files and files[0] is not None
+        return self.folder / files[0]
 
     @property
     def front(self) -> tuple[PlanPoint, ...]:
@@ -74,15 +83,15 @@ class Result:
 
     def save(self, folder: Path | str) -> Path:
         """Copy everything needed later into `folder` and return it; `load` reads it in a fresh process."""
-        folder = Path(folder)
+        folder, names = Path(folder), (self.artifact.name, *DELIVERABLES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in DELIVERABLES:
+            for name in names:
                 partial = folder / f".{name}.partial"
                 shutil.copyfile(self.folder / name, partial)
                 partial.replace(folder / name)
         except OSError as error:
-            for name in DELIVERABLES:
+            for name in names:
                 with contextlib.suppress(OSError):
                     (folder / f".{name}.partial").unlink(missing_ok=True)
             raise StorageError(f"{folder} could not be written: {error.strerror}. Choose another folder.") from error
@@ -108,6 +117,8 @@ def compress(
 ) -> Result:
     """Return the network made to keep `budget` on `target`, with everything measured and checked.
 
+    `target` is a name of `jettison.targets.TARGETS`, or "auto" for the fastest here that agrees with the original, in
+    int8 where the recipe quantizes and in float32 where it does not; float-only targets need `Recipe(quantize=False)`.
     `model` is left as it is. `calibration` is a tensor of samples or a re-iterable of batches (a DataLoader);
     labels in it are ignored. `evaluate` maps a callable network to a score in 0..1 or one per sample (see
     `accuracy`); without it, agreement with the original is measured on a sealed fifth of the calibration data. `out` is
@@ -124,8 +135,10 @@ def compress(
     recipe = recipe or Recipe()
     _check_settings(budget, recipe, threads, evaluate)
     check_kind(result)
-    target = settle_target(target, model, calibration, threads=threads, seed=seed)
+    target = settle_target(target, model, calibration, quantize=recipe.quantize, threads=threads, seed=seed)
     runtime = find_target(target)
+    if recipe.quantize:
+        find_scheme(target)  # refuses a target that runs no integers
     find_criterion(recipe.criterion)
     where = _find_device(device, model)
     if where != _device_of(model):
@@ -150,7 +163,7 @@ def compress(
                 "seed": seed,
                 "device": str(where),
                 "sealed": data.seal,
-                "versions": {package: version(package) for package in ("jettison", "torch", "onnxruntime", "torchao")},
+                "versions": {name: version(name) for name in ("jettison", "torch", "torchao", runtime.PACKAGE)},
             }
         )
         folder = _open(out, graph, data, settings)
@@ -160,16 +173,16 @@ def compress(
 
 def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, command: str, kind: ResultKind) -> Result:
     path = run.folder.path
-    _export_once(run, "export original", "original.onnx", lambda: run.graph.module)
+    _export_once(run, "export original", "original", lambda: run.graph.module)
     if run.recipe.quantize:
-        _export_once(run, "quantize original", "int8.onnx", lambda: _quantize(run, run.graph.module).module)
+        _export_once(run, "quantize original", "int8", lambda: _quantize(run, run.graph.module).module)
     reference = run.folder.do_json("reference", Reference, lambda: measure_reference(run))
     sensitivity = _timed(run, "sensitivity", lambda: load_sensitivity(run))
     plan = run.folder.do_json("plan", Plan, lambda: decide(run, sensitivity, reference))
     final = distil_from_original(run, plan, refit(run, plan))
     quantized = _quantize(run, final) if run.recipe.quantize else None
     deployed = final if quantized is None else quantized.module
-    _export_once(run, "export", "model.onnx", lambda: deployed)
+    _export_once(run, "export", "model", lambda: deployed)
     widths = count_widths(run, plan, final)
     measured = run.folder.do_json("measurements", Measurements, lambda: measure_variants(run, evaluate, widths))
     simulated = None if quantized is None else quantized.module
@@ -218,8 +231,8 @@ def _quantize(run: Run, module: fx.GraphModule) -> Quantized:
     return quantize(module, run.batches, scheme=run.target.scheme())
 
 
-def _export_once(run: Run, name: str, file: str, make: Any) -> None:
-    run.folder.do(name, file, lambda path: path, make, lambda module, path: export_file(run, module, path))
+def _export_once(run: Run, name: str, form: str, make: Any) -> None:
+    run.folder.do(name, run.file(form).name, lambda path: path, make, partial(export_file, run))
 
 
 def _timed(run: Run, name: str, compute: Any) -> Any:

@@ -13,6 +13,7 @@ from jettison.core.plan import Cost
 from jettison.cost.latency import LatencyTable, latency_ms, measure_table
 from jettison.cost.layers import LayerShape
 from jettison.cost.macs import count
+from jettison.cost.timing import RUNTIMES
 from jettison.graph.axes import Atom, Cat, Term, resolve
 from jettison.graph.groups import Graph
 from jettison.graph.layers import Layer, Recurrence, count_positions, find_layers, find_recurrences
@@ -101,12 +102,18 @@ class CostModel:
         return self._seen[key]
 
 
-def make_cost_model(graph: Graph, *, bits: int, latency: bool, threads: int) -> CostModel:
-    """Return the cost model of a graph, measuring the latency of its layers if `latency` asks for it."""
+def find_timed(target: str) -> str:
+    """Return the runtime whose single layers stand for a target's: its own where they can be timed there."""
+    return target if target in RUNTIMES else "onnxruntime"
+
+
+def make_cost_model(graph: Graph, *, bits: int, latency: bool, threads: int, target: str = "onnxruntime") -> CostModel:
+    """Return the cost model of a graph, measuring the latency of its layers for `target` if `latency` asks for it."""
     layers = find_layers(graph.module)
     table = None
     if latency:
-        table = measure_table([describe_layer(graph, layer, bits) for layer in layers], threads=threads)
+        shapes = [describe_layer(graph, layer, bits) for layer in layers]
+        table = measure_table(shapes, runtime=find_timed(target), threads=threads)
     return CostModel(graph, layers, table, bits)
 
 

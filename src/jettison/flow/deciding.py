@@ -71,9 +71,9 @@ def load_sensitivity(run: Run) -> Sensitivity:
 
 def measure_reference(run: Run) -> Reference:
     """Return the original's and its unpruned int8 form's latency in one interleaved measurement."""
-    files = {"original": run.folder.path / "original.onnx"}
+    files = {"original": run.file("original")}
     if run.recipe.quantize:
-        files["unpruned"] = run.folder.path / "int8.onnx"
+        files["unpruned"] = run.file("int8")
     timings = measure_files(run, files, rounds=2 * CANDIDATE_ROUNDS)
     original = timings["original"][0]
     unpruned = original / timings["unpruned"][1] if run.recipe.quantize else original
@@ -100,7 +100,7 @@ def decide(run: Run, sensitivity: Sensitivity, reference: Reference) -> Plan:
     original = Cost(count(run.graph.module).macs, reference.original_bytes, reference.original_ms)
     limits = read_limits(run.budget, original)
     needs_time = "latency_ms" in limits or not limits
-    costs = make_cost_model(run.graph, bits=run.bits, latency=needs_time, threads=run.threads)
+    costs = make_cost_model(run.graph, bits=run.bits, latency=needs_time, threads=run.threads, target=run.target_name)
     full = costs.predict({})
     costs.overhead_bytes = reference.unpruned_bytes - full.size_bytes
     if full.latency_ms:
@@ -142,12 +142,12 @@ def _measure_candidate(run: Run, plan: Plan, reference: Reference) -> float:
     known = dict(read_json(Measured, notes).latency_ms) if notes.exists() else {}
     key = " ".join(f"{name}={len(kept)}" for name, kept in sorted(plan.kept.items()))
     if key not in known:
-        file = run.folder.path / "candidate.onnx"
+        file = run.file("candidate")
         module = run.slice(plan)
         if run.recipe.quantize:
             module = quantize(module, run.batches[:1], scheme=run.target.scheme(), ranges="minmax").module
         export_file(run, module, file)
-        files = {"original": run.folder.path / "original.onnx", "candidate": file}
+        files = {"original": run.file("original"), "candidate": file}
         known[key] = reference.original_ms / measure_files(run, files, rounds=CANDIDATE_ROUNDS)["candidate"][1]
         write_json(Measured(known), notes)
         file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jettison.core.budget import Budget
 from jettison.core.errors import BudgetError, InputError
-from jettison.cost.timing import measure_layers
+from jettison.cost.timing import RUNTIMES, measure_layers
 from jettison.distill.losses import measure_divergence
 from jettison.flow.calibration import make_calibration
 from jettison.flow.costs import describe_layer
@@ -86,16 +86,16 @@ def choose_bits(
     as shares of the float network's weights and layer times or as size_mb and latency_ms; `loss` limits the summed
     divergence from the float network (nats for class scores). With `loss` alone the size is made least. Losses are
     measured on `samples` inputs with one unit rounded at a time, and added up; latency is measured, layer by layer, in
-    ONNX Runtime, where fewer than 8 bits run as 8. Give `bits` of the plan to `quantize` or `train_quantized`. Raises
-    BudgetError, with the nearest plan as its `result`, where no choice keeps the limits; InputError for a limit that is
-    none of these and for options out of range.
+    `target` (ONNX Runtime or OpenVINO), where fewer than 8 bits run as 8. Give `bits` of the plan to `quantize` or
+    `train_quantized`. Raises BudgetError, with the nearest plan as its `result`, where no choice keeps the limits;
+    InputError for a limit that is none of these and for options out of range.
     """
     limits = _check(budget, loss, options)
     timed = any(name.startswith("latency") for name in limits)
-    if timed and target != "onnxruntime":
+    if timed and target not in RUNTIMES:
         raise InputError(
-            f"The latency of single layers is measured in ONNX Runtime only, not in {target}. "
-            "Give a limit on size or loss, or target='onnxruntime'."
+            f"The latency of single layers is measured in {' and '.join(RUNTIMES)} only, not in {target}. "
+            "Give a limit on size or loss, or one of these as target."
         )
     scheme = find_scheme(target)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -105,7 +105,7 @@ def choose_bits(
         batches = fit_batch(data, traced).take(samples)
         units = measure_units(traced, batches, scheme, options, ranges=ranges)
         if timed:
-            units = _add_latencies(units, traced, threads)
+            units = _add_latencies(units, traced, target, threads)
     return solve_bits(units, limits)
 
 
@@ -137,7 +137,7 @@ def _average(outputs: Sequence[tuple[Tensor, ...]], targets: Sequence[tuple[Tens
     return total / max(1, sum(len(t[0]) for t in targets))
 
 
-def _add_latencies(units: Sequence[UnitOptions], traced: Traced, threads: int) -> tuple[UnitOptions, ...]:
+def _add_latencies(units: Sequence[UnitOptions], traced: Traced, target: str, threads: int) -> tuple[UnitOptions, ...]:
     graph = build_graph(traced)
     named = {node.name: name for name, node in find_layers(traced.module, _LAYERED).items()}
     layers = {named[layer.node.name]: layer for layer in find_graph_layers(traced.module) if layer.node.name in named}
@@ -149,7 +149,7 @@ def _add_latencies(units: Sequence[UnitOptions], traced: Traced, threads: int) -
         )
     shapes = {(n, bits): describe_layer(graph, layers[n], bits) for n in layers for bits in (8, 32)}
     wanted = list(dict.fromkeys(shapes.values()))
-    measured = dict(zip(wanted, measure_layers(wanted, threads=threads), strict=True))
+    measured = dict(zip(wanted, measure_layers(wanted, runtime=target, threads=threads), strict=True))
 
     def sum_ms(unit: UnitOptions, bits: Bits) -> float:
         return sum(measured[shapes[name, 32 if bits == FLOAT else 8]] for name in unit.layers)

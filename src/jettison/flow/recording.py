@@ -8,7 +8,6 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 from torch import fx
@@ -17,7 +16,7 @@ import jettison
 from jettison.core.plan import Plan
 from jettison.core.record import Check, FrontPoint, GroupRecord, LayerRecord, Option, Record, Tensor, Variant
 from jettison.cost.latency import describe_machine
-from jettison.flow.costs import CostModel, list_macs
+from jettison.flow.costs import CostModel, find_timed, list_macs
 from jettison.flow.proving import COMPRESSED, ORIGINAL, Measurements
 from jettison.flow.run import Run
 from jettison.flow.sensitivity import Sensitivity
@@ -25,9 +24,12 @@ from jettison.graph.groups import build_graph
 from jettison.graph.layers import find_layers
 from jettison.graph.trace import Traced
 from jettison.quantization import Quantized, measure_sqnr
+from jettison.targets.loading import show_loading
 
 FORMAT = "jettison.record/1"
-PACKAGES = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "torchao", "openvino")
+PACKAGES = (
+    *("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "torchao", "openvino", "executorch", "ai-edge-litert"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _list_layers(run: Run, final: fx.GraphModule, quantized: Quantized | None) -
     if quantized is not None:
         sqnr = measure_sqnr(final, quantized.module, run.judges[:1])
         bits = {site.layer: site.bits for site in quantized.sites}
-        integer = run.target.audit(run.folder.path / "model.onnx", sorted(bits))
+        integer = run.target.audit(run.file("model"), sorted(bits))
     records = []
     for layer in find_layers(run.graph.module):
         ratio = sqnr.get(layer.name)
@@ -217,6 +219,11 @@ def _list_notes(run: Run, measured: Measurements, plan: Plan) -> tuple[str, ...]
         notes.append(f"Operators without a pruning rule, whose axes were frozen: {', '.join(run.graph.opaque)}.")
     if not plan.kept and run.recipe.prune:
         notes.append("The budget is met without pruning; the widths are the original's.")
+    if find_timed(run.target_name) != run.target_name and plan.cost.latency_ms is not None:
+        notes.append(
+            f"{run.target.LABEL} does not time single layers: the plan is made with times of ONNX Runtime, and "
+            f"corrected by whole networks measured in {run.target.LABEL}."
+        )
     alone = [v for v in measured.variants if v.name == COMPRESSED]
     if alone and alone[0].speedup.high < 1:
         notes.append("The compressed file is slower than the original here. Do not deploy it for speed.")
@@ -224,16 +231,7 @@ def _list_notes(run: Run, measured: Measurements, plan: Plan) -> tuple[str, ...]
 
 
 def _show_loading(run: Run) -> str:
-    inputs = [n for n in run.graph.module.graph.nodes if n.op == "placeholder"]
-    feeds = ", ".join(
-        f'"{n.name}": np.zeros({[1, *map(int, n.meta["val"].shape[1:])]}, '
-        f"np.{str(n.meta['val'].dtype).removeprefix('torch.')})"
-        for n in inputs
-    )
-    return (
-        "import numpy as np\n"
-        "import onnxruntime as ort\n"
-        f'session = ort.InferenceSession("{Path("model.onnx")}")\n'
-        f"inputs = {{{feeds}}}\n"
-        "outputs = session.run(None, inputs)\n"
-    )
+    nodes = [n for n in run.graph.module.graph.nodes if n.op == "placeholder"]
+    values = [(n.name, n.meta["val"]) for n in nodes]
+    inputs = [(name, [1, *map(int, v.shape[1:])], str(v.dtype).removeprefix("torch.")) for name, v in values]
+    return show_loading(run.target_name, run.file("model").name, inputs)

@@ -84,6 +84,15 @@ class Run:
                             "sound itself. Repair the network, or leave such inputs out."
                         )
 
+    def file(self, name: str) -> Path:
+        """Return the path of a form of the network in the run's folder, as the target stores it."""
+        return self.folder.path / f"{name}{self.target.SUFFIX}"
+
+    @property
+    def target_name(self) -> str:
+        """The target's name in TARGETS."""
+        return self.target.__name__.rpartition(".")[2]
+
     @property
     def bits(self) -> int:
         """8 where the result computes in integers, else 32."""

@@ -18,7 +18,6 @@ from jettison.core.recipe import Recipe
 from jettison.core.record import Check
 from jettison.cost.macs import Profile, count
 from jettison.flow.calibration import list_digests, make_calibration
-from jettison.flow.choosing import check_plannable
 from jettison.flow.costs import make_cost_model
 from jettison.flow.kinds import apply_kind, check_kind
 from jettison.flow.planning import make_plan, read_limits
@@ -68,21 +67,21 @@ def plan(
 ) -> Plan:
     """Return the plan of least predicted loss whose predicted costs keep the budget's latency, size and MACs.
 
-    Latency is the sum of single layers measured on `target`; shares are of the fp32 original's prediction.
+    Latency is the sum of single layers measured on `target`, or in ONNX Runtime where the target cannot time them;
+    shares are of the fp32 original's prediction.
     (`compress` also builds and measures candidates, and corrects.) `plan.feasible` is False where nothing
     keeps the limits. A budget with `drop` alone raises InputError: only `compress` can weigh it.
     """
     check_graph(graph)
-    check_plannable(target)
     find_target(target)
     for group in sensitivity.groups:
         graph.find(group.group)
     timed = budget.latency is not None or budget.latency_ms is not None
-    whole = make_cost_model(graph, bits=32, latency=timed, threads=threads).predict({})
+    whole = make_cost_model(graph, bits=32, latency=timed, threads=threads, target=target).predict({})
     limits = read_limits(budget, whole)
     if not limits:
         raise InputError("plan() needs a limit on latency, size or MACs. For a drop alone, use compress().")
-    costs = make_cost_model(graph, bits=8 if quantize else 32, latency=timed, threads=threads)
+    costs = make_cost_model(graph, bits=8 if quantize else 32, latency=timed, threads=threads, target=target)
     return make_plan(sensitivity, costs, limits)
 
 

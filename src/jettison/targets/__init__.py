@@ -3,6 +3,10 @@
 Each target exports, loads, runs, profiles, audits its own kernels, states its integer arithmetic as plain data and says
 what is missing on this machine; `timing` compares callables. Knows flat graphs and files; knows no calibration, no
 pruning and no plan. Modules import without their runtime installed.
+
+A target's constants: `LABEL` for people; `SUFFIX` of its files; `PRECISIONS` it computes in; `PACKAGE`, whose version
+decides what a file gives; `EXACT`, whether its integer kernels give every bit of `quantization.integers`' reference;
+`PROFILED`, whether it times single operators.
 """
 
 from __future__ import annotations
@@ -14,8 +18,6 @@ from jettison.core.errors import InputError, TargetMissing, UnknownName
 
 TARGETS = ("onnxruntime", "openvino", "executorch", "litert", "eager", "inductor")
 """Where a network can run; each is the module of that name here."""
-COMPRESS_TARGETS = ("onnxruntime",)
-"""The targets that `compress` plans for: single layers are timed there."""
 
 
 def find_target(name: str) -> ModuleType:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 LABEL = "PyTorch"
 SUFFIX = graph_file.SUFFIX
+PACKAGE = "torch"
+EXACT = False
+PROFILED = True
 PRECISIONS = ("fp32", "bf16")
 
 

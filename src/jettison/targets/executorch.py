@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 LABEL = "ExecuTorch (XNNPACK)"
 SUFFIX = ".pte"
+PACKAGE = "executorch"
+EXACT = False
+PROFILED = True
 PRECISIONS = ("fp32", "int8")
 """What its files can compute in; the file itself says which."""
 MOST = 15

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LABEL = "PyTorch, compiled"
 SUFFIX = graph_file.SUFFIX
+PACKAGE = "torch"
+EXACT = False
+PROFILED = False
 PRECISIONS = ("fp32", "bf16")
 COMPILERS = ("g++", "clang++", "c++")
 

@@ -52,8 +52,8 @@ class IntegerScheme:
     activations that disappear into the range of the operator before them. `requantized` have their own output
     range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
     `summed` are weighted operators whose kernel adds another tensor before it rounds: where an addition is their only
-    reader, they have no range of their own. All operator names are like "aten.conv2d.default". `bits` gives single layers, by name, fewer bits than the target's
-    own: those of the weight and those of the tensor it multiplies.
+    reader, they have no range of their own. All operator names are like "aten.conv2d.default". `bits` gives single
+    layers, by name, fewer bits than the target's own: those of the weight and those of the tensor it multiplies.
     """
 
     target: str

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 LABEL = "LiteRT"
 SUFFIX = ".tflite"
+PACKAGE = "ai-edge-litert"
+EXACT = False
+PROFILED = False
 PRECISIONS = ("fp32", "int8")
 """What its files can compute in; the file itself says which."""
 NEEDED = {"ai_edge_litert": "ai-edge-litert", "litert_torch": "litert-torch"}

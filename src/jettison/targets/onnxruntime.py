@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 LABEL = "ONNX Runtime"
 SUFFIX = ".onnx"
+PACKAGE = "onnxruntime"
+EXACT = True
+PROFILED = True
 PRECISIONS = ("fp32", "int8")
 """What its files can compute in; the file itself says which, by its QuantizeLinear nodes."""
 NEEDED = ("onnx", "onnxscript", "onnxruntime")

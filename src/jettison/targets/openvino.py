@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 LABEL = "OpenVINO"
 SUFFIX = ".onnx"
+PACKAGE = "openvino"
+EXACT = False
+PROFILED = True
 PRECISIONS = ("fp32", "bf16", "int8")
 """int8 is what the file says by its QuantizeLinear nodes; its float parts then run in float32."""
 HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
@@ -133,12 +136,7 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
             "This processor has no bfloat16 arithmetic, which OpenVINO's bf16 needs. It needs avx512_bf16, AMX or "
             "ARM's bf16. Use fp32 or int8 here."
         )
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
+    settings = describe_settings(threads=threads, precision=precision)
     shapes = tuple(tuple(d.get_length() if d.is_static else None for d in i.get_partial_shape()) for i in model.inputs)
     return Session(
         model,
@@ -147,6 +145,16 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
         shapes,
         tuple(o.get_any_name() for o in model.outputs),
     )
+
+
+def describe_settings(*, threads: int, precision: str) -> dict[str, Any]:
+    """Return what every network is compiled with: for latency, in the precision that is said."""
+    return {
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
 
 
 def _import_runtime() -> Any:
