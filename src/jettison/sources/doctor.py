@@ -9,13 +9,10 @@ import os
 import platform
 import shutil
 import sysconfig
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-
-from jettison import targets
-from jettison.targets import TARGETS
 
 DECIDING_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 """x86 instruction sets that decide how fast int8 and bf16 are."""
@@ -104,7 +101,7 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
         torch=torch_version,
         torch_build=_describe_build(torch_version),
         machine=machine,
-        targets=tuple(map(_require_own_part, targets)),
+        targets=targets,
         packages=tuple(_find_package(name, purpose, wanted) for name, (purpose, wanted) in EXTRAS.items()),
     )
 
@@ -162,15 +159,6 @@ def look_at_machine(folder: Path) -> Machine:
         free_disk_bytes=shutil.disk_usage(folder).free,
         compiler=_find_compiler(),
     )
-
-
-def _require_own_part(found: TargetFinding) -> TargetFinding:
-    """Call a runtime that is installed usable only if this jettison compresses for it."""
-    if not found.usable or found.name in TARGETS:
-        return found
-    known = (Path(targets.__file__).parent / f"{found.name}.py").is_file()
-    reason = "is no target of this version of jettison" + (", only measured beside one" if known else "")
-    return replace(found, usable=False, reason=f"installed, but {reason}", remedy="")
 
 
 def _find_eager(version: str | None) -> TargetFinding:
