@@ -19,8 +19,9 @@ demo-lite0: .venv/.installed-demo  ## compress EfficientNet-Lite0 with its Image
 data: .venv/.installed-dev  ## fetch the data that tests and examples read
 	$(BIN)/python -c 'from examples.fashion_mnist.data import load; load("test")'
 
-test: .venv/.installed-dev  ## run every test (under 40 minutes on 2 cores)
-	$(BIN)/python -m pytest
+# Both run whatever the first says, so that one run shows all that is wrong.
+test: .venv/.installed-dev .venv-targets/.installed  ## run every test, each target in an environment that has it (under 40 minutes on 2 cores)
+	@failed=0; $(MAKE) --no-print-directory test-targets || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
 
 quick: .venv/.installed-dev  ## run the quick tests (under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2
