@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from jettison.core.errors import CheckpointError, FixedSize, InputError
 from jettison.core.plain import read_json, write_bytes, write_json
 from jettison.core.plan import Plan
-from jettison.graph.comparing import list_tensors, run_sliced, verify
+from jettison.graph.comparing import list_tensors
 from jettison.graph.groups import Graph
 from jettison.graph.store import describe_graph, load_graph, read_tensors, restore_graph, save_graph
-from jettison.graph.surgery import copy_tensors, rebuild, slice_module
+from jettison.graph.surgery import rebuild, slice_module
 from jettison.graph.trace import nest
 from jettison.graph.trainable import TrainableGraph, make_trainable
 
@@ -99,15 +99,12 @@ def deliver_kept(
     if result == "graph":
         return Delivered(_nest(graph, final), (), ASKED_FOR)
     try:
-        eager = slice_module(model, graph, graph.keeps(kept))
-        copy_tensors(final, eager.module)
-        eager.module.eval()
-        verify(eager.module, graph.traced, run_sliced(eager.module, final, graph.traced))
+        eager = slice_module(model, graph, graph.keeps(kept), final)
     except FixedSize as error:
         if result == "eager":
             raise
         return Delivered(_nest(graph, final), (), str(error))
-    return Delivered(eager.module, tuple(eager.attributes), "", eager.replaced)
+    return Delivered(eager.module.eval(), tuple(eager.attributes), "", eager.replaced)
 
 
 def check_kind(result: str) -> None:

@@ -10,6 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +19,18 @@ from torch.utils import _pytree as pytree
 
 from jettison.core.errors import FixedSize
 from jettison.graph.axes import Keeps, is_touched
-from jettison.graph.comparing import Proof, list_tensors, measure_error, prepare, tolerance_of, vary_constants
+from jettison.graph.comparing import (
+    Proof,
+    list_tensors,
+    measure_error,
+    prepare,
+    run_sliced,
+    tolerance_of,
+    vary_constants,
+)
 from jettison.graph.groups import Graph
 from jettison.graph.provenance import Misfit
+from jettison.graph.small import run_small
 from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes, list_regions
 from jettison.graph.trace import Batch, find_attribute, nest, run_nodes
@@ -49,12 +59,24 @@ class _Call:
 class Cutter:
     """Cuts submodules out of the graph of `model`, one after the other; `parts` and `reasons` go by their paths."""
 
-    def __init__(self, model: nn.Module, graph: Graph, keeps: Keeps, sliced: fx.GraphModule, proof: Proof) -> None:
-        self.model, self.graph, self.keeps, self.sliced, self.proof = model, graph, keeps, sliced, proof
+    def __init__(
+        self, model: nn.Module, graph: Graph, keeps: Keeps, sliced: fx.GraphModule, final: fx.GraphModule
+    ) -> None:
+        self.model, self.graph, self.keeps, self.sliced, self.final = model, graph, keeps, sliced, final
         self.parts: dict[str, Part] = {}
         self.reasons: dict[str, str] = {}
         self.fused: set[str] = set()
         """Submodules, or the larger ones around them, that torch may run as one fused kernel."""
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What the graph with its final weights gives for the example inputs."""
+        return run_sliced(self.model, self.final, self.graph.traced.example)
+
+    @cached_property
+    def small_proof(self) -> Proof | None:
+        """What it gives for smaller pictures; None where they would not tell as much."""
+        return run_small(self.model, self.final, self.graph.traced.example)
 
     def replace(self, misfits: Sequence[Misfit]) -> None:
         """Cut out the submodules to blame, or the next larger ones; raises the Misfit that only the root could cure."""
@@ -111,12 +133,12 @@ class Cutter:
         for index, same in enumerate(names[: len(tensors)]):
             for name in same[:1]:
                 readers.setdefault(name, []).append(index)
-        module, inputs = prepare(self.sliced, self.graph.traced, self.proof)
+        module = prepare(self.final, self.proof)
         assert isinstance(module, fx.GraphModule)
         tolerance = tolerance_of(self.proof)
         return {
             index
-            for name, value in _iterate_values(module, inputs)
+            for name, value in _iterate_values(module, self.proof.inputs)
             for index in readers.get(name, ())
             if tensors[index].shape != value.shape or not measure_error([tensors[index]], [value]) <= tolerance
         }
@@ -145,7 +167,7 @@ class Cutter:
         if not paths:
             return {}
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
-        module, inputs = prepare(self.model, self.graph.traced, whole)
+        module, inputs = prepare(self.model, whole), whole.inputs
         calls = _record_calls(module, inputs, self.graph.traced.in_spec, paths)
         if self.graph.traced.dynamic_batch:
             doubled = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
@@ -157,7 +179,7 @@ class Cutter:
 
     def _watch(self, model: nn.Module, proof: Proof) -> list[tuple[str, bool, Tensor]]:
         """Run a module and list what goes into and comes out of every submodule, in order."""
-        module, inputs = prepare(model, self.graph.traced, proof)
+        module = prepare(model, proof)
         events: list[tuple[str, bool, Tensor]] = []
         copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
@@ -180,14 +202,14 @@ class Cutter:
             if not self._is_replaced(path):
                 inner.register_forward_pre_hook(note(path, False), with_kwargs=True)
                 inner.register_forward_hook(note(path, True), with_kwargs=True)
-        args, kwargs = pytree.tree_unflatten(list(inputs), self.graph.traced.in_spec)
+        args, kwargs = pytree.tree_unflatten(list(proof.inputs), self.graph.traced.in_spec)
         with torch.no_grad(), plain_attention():
             module.eval()(*args, **kwargs)
         return events
 
     def _look_up(self, tensors: Sequence[Tensor], whole: Proof) -> list[list[str]]:
         """Name, for each tensor, the nodes of the original graph that have its value, in order."""
-        module, inputs = prepare(self.graph.module, self.graph.traced, whole)
+        module = prepare(self.graph.module, whole)
         assert isinstance(module, fx.GraphModule)
         same: list[list[str]] = [[] for _ in tensors]
         by_shape: dict[Any, list[int]] = {}
@@ -195,7 +217,7 @@ class Cutter:
             by_shape.setdefault((tensor.shape, tensor.dtype), []).append(index)
         firsts = [float(t.flatten()[0]) if t.numel() else 0.0 for t in tensors]
         tolerance = tolerance_of(whole)
-        for name, value in _iterate_values(module, inputs):
+        for name, value in _iterate_values(module, whole.inputs):
             indices = by_shape.get((value.shape, value.dtype), ())
             first = float(value.flatten()[0]) if indices and value.numel() else 0.0
             for index in indices:

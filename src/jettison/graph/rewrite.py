@@ -63,16 +63,21 @@ def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
 def refresh(module: fx.GraphModule, graph: Graph, keeps: Keeps) -> None:
     """Put the sizes that slicing gave into the metadata of every node; a free batch stays free."""
     originals = {n.name: n for n in iterate_nodes(graph.module)}
+    made: dict[Any, Tensor] = {}
     for node in iterate_nodes(module):
         original = originals.get(node.name)
         if original is not None and "val" in original.meta:
-            node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps)
+            node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps, made)
 
 
-def _resize(value: Any, dims: Any, keeps: Keeps) -> Any:
+def _resize(value: Any, dims: Any, keeps: Keeps, made: dict[Any, Tensor]) -> Any:
+    """Return what stands for a node's value, with the sizes that slicing gives it.
+
+    `made` holds those already made, by what they were made from: a network has few shapes, and making one is slow.
+    """
     if isinstance(value, (tuple, list)):
         inner = iterate_dims(dims) if dims else [()] * len(value)
-        return type(value)(_resize(v, d, keeps) for v, d in zip(value, inner, strict=True))
+        return type(value)(_resize(v, d, keeps, made) for v, d in zip(value, inner, strict=True))
     if not isinstance(value, Tensor) or not any(is_touched(t, keeps) for t in dims):
         return value
     sizes = []
@@ -82,7 +87,10 @@ def _resize(value: Any, dims: Any, keeps: Keeps) -> Any:
             total, kept = resolve(term).size, count_kept(term, keeps)
             size = kept if isinstance(size, int) else size * kept // total
         sizes.append(size)
-    return value.new_empty(sizes)
+    key = (value.dtype, value.device, *(s if isinstance(s, int) else str(s.node.expr) for s in sizes))
+    if key not in made:
+        made[key] = value.new_empty(sizes)
+    return made[key]
 
 
 def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:
