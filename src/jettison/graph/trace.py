@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
 from jettison.graph.caches import forget_caches
 from jettison.graph.functional import replace_writes
+from jettison.graph.inline import inline_tensors
 from jettison.graph.state import eval_mode, plain_attention, same_buffers
 from jettison.graph.subgraphs import (
     Context,
@@ -70,12 +71,9 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
         _try_forward(model, args, kwargs)
         with forget_caches(model, args, kwargs):
             program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
-        module = program.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        if not replace_writes(module):
+        if not replace_writes(program.graph_module):
             program = program.run_decompositions({})
-            module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
+        module = inline_tensors(program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     _flatten(module)
     flat = tuple(pytree.tree_leaves((example_args, example_kwargs)))
@@ -355,8 +353,6 @@ def _flatten(module: fx.GraphModule) -> None:
     for graph_module in (*(r.module for r in iterate_regions(module)), module):
         _plain_graph(graph_module)
     name_apart(module)
-    # torch.export's own check of the nesting: flat inputs would not pass it.
-    module._forward_pre_hooks.clear()
 
 
 def _plain_graph(module: fx.GraphModule) -> None:
