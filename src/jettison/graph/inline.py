@@ -22,7 +22,8 @@ def inline_tensors(program: torch.export.ExportedProgram) -> fx.GraphModule:
         assert isinstance(module, fx.GraphModule)
         module._forward_pre_hooks.clear()  # they check the nesting of the inputs, which are to be flat
         return module
-    module, graph = program.graph_module, program.graph_module.graph
+    module: fx.GraphModule = program.graph_module
+    graph = module.graph
     tensors = {**program.constants, **program.state_dict}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for spec, placeholder in zip(signature.input_specs, placeholders, strict=True):

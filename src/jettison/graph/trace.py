@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
@@ -69,7 +70,8 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
     _check_state(model)
     with eval_mode(model), same_buffers(model), plain_attention(), _quiet_export(), torch.no_grad():
         _try_forward(model, args, kwargs)
-        with forget_caches(model, args, kwargs):
+        # Export makes a new graph module in each of its passes; only the last one's code may ever run.
+        with forget_caches(model, args, kwargs), _use_lazy_graph_module(True):
             program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
         if not replace_writes(program.graph_module):
             program = program.run_decompositions({})
