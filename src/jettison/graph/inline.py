@@ -18,10 +18,7 @@ def inline_tensors(program: torch.export.ExportedProgram) -> fx.GraphModule:
     signature = program.graph_signature
     kinds = {spec.kind for spec in signature.input_specs} - {InputKind.USER_INPUT}
     if not kinds.issubset(_HELD) or any(spec.kind is not OutputKind.USER_OUTPUT for spec in signature.output_specs):
-        module = program.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        module._forward_pre_hooks.clear()  # they check the nesting of the inputs, which are to be flat
-        return module
+        return _leave_to_torch(program)
     module: fx.GraphModule = program.graph_module
     graph = module.graph
     tensors = {**program.constants, **program.state_dict}
@@ -36,6 +33,13 @@ def inline_tensors(program: torch.export.ExportedProgram) -> fx.GraphModule:
         reader.meta = placeholder.meta
         placeholder.replace_all_uses_with(reader)
         graph.erase_node(placeholder)
+    return module
+
+
+def _leave_to_torch(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    module._forward_pre_hooks.clear()  # they check the nesting of the inputs, which are to be flat
     return module
 
 

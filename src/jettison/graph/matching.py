@@ -79,19 +79,26 @@ class CallNodes:
 
 
 class Path(TorchFunctionMode):
-    """The functions of torch that a forward calls, in order; what only reads an attribute is left out."""
+    """The functions of torch that a forward calls, in order, with the numbers it gives them.
+
+    What only reads an attribute is left out, and whole numbers of calls that take sizes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.functions: list[Any] = []
+        self.calls: list[tuple[Any, list[int | float]]] = []
 
-    def note(self, function: Any) -> None:
+    def note(self, function: Any, args: Any, kwargs: Any) -> None:
         """Note a call."""
         if getattr(function, "__name__", "") != "__get__":
-            self.functions.append(function)
+            kinds = (float,) if function in FUNCTIONS else (int, float)
+            leaves = pytree.tree_leaves((args, kwargs))
+            # int(): a tagged number would take part in the comparison of paths.
+            numbers = [int(v) if isinstance(v, int) else v for v in leaves if isinstance(v, kinds)]
+            self.calls.append((function, numbers))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note(func)
+        self.note(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
@@ -99,7 +106,7 @@ class TaggedRun(TorchFunctionMode):
     """One run of a tagged copy: the first notes which node each call became, the second what its sizes must be.
 
     Only sizes are asked for, so the copy may be a shadow: on the meta device, where nothing is computed. `stopped` says
-    what ended the run, `path` which functions of torch it called.
+    what ended the run, `path` what it called.
     """
 
     def __init__(self, module: nn.Module, calls: CallNodes, traced: Traced, *, is_shadow: bool) -> None:
@@ -132,7 +139,7 @@ class TaggedRun(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        self.path.note(func)
+        self.path.note(func, args, kwargs)
         self._note_reached(args, kwargs)
         if func is F.multi_head_attention_forward:
             self.opened.add(self.journal.module)

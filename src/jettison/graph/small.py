@@ -1,12 +1,11 @@
 """The eager result compared with its graph on small pictures: the same equation, at a tenth of the cost of full ones.
 
-It holds only where the caller's forward makes the same calls as on the example inputs, and where no dimension shrinks
-to one position. Whatever differs in any way is left to the comparison on the example inputs, which decides.
+It holds only where the caller's forward makes the same calls with the same numbers as on the example inputs, and where
+no dimension shrinks to one position. Whatever differs is left to the comparison on the example inputs, which decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -54,14 +53,14 @@ def _vanishes(whole: Any, small: Any) -> bool:
     return any(a > 1 >= b for a, b in zip(whole, small, strict=True))
 
 
-def is_equal(result: nn.Module, traced: Traced, proof: Proof, path: Sequence[Any]) -> bool:
+def is_equal(result: nn.Module, traced: Traced, proof: Proof, path: Path) -> bool:
     """Tell whether the eager result gives what `proof` says, by the same calls as on the example inputs (`path`)."""
     taken = Path()
     try:
         found = run_eager(result, traced, proof, taken)
     except FixedSize:
         return False
-    is_alike = [v.shape for v in found] == [v.shape for v in proof.outputs] and taken.functions == list(path)
+    is_alike = [v.shape for v in found] == [v.shape for v in proof.outputs] and taken.calls == path.calls
     return is_alike and measure_error(found, proof.outputs) <= tolerance_of(proof)
 
 

@@ -151,7 +151,7 @@ def _run_tagged(cutter: Cutter, result: nn.Module, *, is_shadow: bool) -> tuple[
 def _compare(cutter: Cutter, result: nn.Module, after: TaggedRun) -> list[Misfit]:
     """Compare the result with the graph; returns the submodules that compute something else."""
     traced, small = cutter.graph.traced, None if cutter.fused else cutter.small_proof
-    if small is not None and is_equal(result, traced, small, after.path.functions):
+    if small is not None and is_equal(result, traced, small, after.path):
         return []
     try:
         verify(result, traced, cutter.proof)
