@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from jettison.core.errors import FixedSize
 from jettison.graph.axes import Keeps, is_touched
+from jettison.graph.calls import Call, list_fixed, record_calls
 from jettison.graph.comparing import (
     Proof,
     list_tensors,
@@ -30,11 +31,10 @@ from jettison.graph.comparing import (
 )
 from jettison.graph.groups import Graph
 from jettison.graph.provenance import Misfit
-from jettison.graph.small import run_small
 from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes, list_regions
 from jettison.graph.trace import Batch, find_attribute, nest, run_nodes
-from jettison.graph.trainable import PLAIN, install_part
+from jettison.graph.trainable import install_part
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,6 @@ class Part:
     whole: fx.GraphModule
     small: fx.GraphModule
     nodes: frozenset[str]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One call of a submodule: what went in and came out, flat, and how it was nested."""
-
-    inputs: list[Any]
-    outputs: list[Any]
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
 
 
 class Cutter:
@@ -72,11 +62,6 @@ class Cutter:
     def proof(self) -> Proof:
         """What the graph with its final weights gives for the example inputs."""
         return run_sliced(self.model, self.final, self.graph.traced.example)
-
-    @cached_property
-    def small_proof(self) -> Proof | None:
-        """What it gives for smaller pictures; None where they would not tell as much."""
-        return run_small(self.model, self.final, self.graph.traced.example)
 
     def replace(self, misfits: Sequence[Misfit]) -> None:
         """Cut out the submodules to blame, or the next larger ones; raises the Misfit that only the root could cure."""
@@ -162,18 +147,18 @@ class Cutter:
     def _is_replaced(self, path: str) -> bool:
         return any(_is_inside(path, p) for p in self.parts)
 
-    def _record(self, paths: set[str]) -> dict[str, list[_Call]]:
+    def _record(self, paths: set[str]) -> dict[str, list[Call]]:
         """Run the model and note every call of the submodules; a second run tells what depends on the batch."""
         if not paths:
             return {}
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
         module, inputs = prepare(self.model, whole), whole.inputs
-        calls = _record_calls(module, inputs, self.graph.traced.in_spec, paths)
+        calls = record_calls(module, inputs, self.graph.traced.in_spec, paths)
         if self.graph.traced.dynamic_batch:
             doubled = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
-            others = _record_calls(module, doubled, self.graph.traced.in_spec, paths)
+            others = record_calls(module, doubled, self.graph.traced.in_spec, paths)
             for path in paths:
-                if [_list_fixed(c) for c in calls[path]] != [_list_fixed(c) for c in others[path]]:
+                if [list_fixed(c) for c in calls[path]] != [list_fixed(c) for c in others[path]]:
                     calls[path] = []  # a number that follows the batch is handed over
         return calls
 
@@ -226,14 +211,14 @@ class Cutter:
                     same[index].append(name)
         return same
 
-    def _look_up_all(self, calls: Mapping[str, list[_Call]]) -> dict[int, list[str]]:
+    def _look_up_all(self, calls: Mapping[str, list[Call]]) -> dict[int, list[str]]:
         """Name the nodes that have the value of each tensor that goes into or out of the calls, by its identity."""
         leaves = [v for found in calls.values() for c in found for v in (*c.inputs, *c.outputs)]
         tensors = [v for v in leaves if isinstance(v, Tensor)]
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
         return {id(t): names for t, names in zip(tensors, self._look_up(tensors, whole), strict=True)}
 
-    def _cut(self, path: str, calls: list[_Call], same: Mapping[int, list[str]]) -> Part:
+    def _cut(self, path: str, calls: list[Call], same: Mapping[int, list[str]]) -> Part:
         """Cut the nodes of a submodule's calls out of both graphs; raises FixedSize where that cannot be done."""
         if not calls:
             raise FixedSize(f"{path!r} is not called as a module, or with numbers that follow the batch.")
@@ -369,48 +354,6 @@ def _iterate_values(module: fx.GraphModule, inputs: Batch) -> Iterator[tuple[str
         for node, value, _ in run_nodes(module, inputs):
             if node.graph is module.graph and node.op != "output" and isinstance(value, Tensor):
                 yield node.name, value
-
-
-def _record_calls(
-    module: nn.Module, inputs: Batch, in_spec: pytree.TreeSpec, paths: set[str]
-) -> dict[str, list[_Call]]:
-    calls: dict[str, list[_Call]] = {path: [] for path in paths}
-    open_calls: dict[str, list[tuple[list[Any], pytree.TreeSpec]]] = {path: [] for path in paths}
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            open_calls[path].append(([v.clone() if isinstance(v, Tensor) else v for v in leaves], spec))
-
-        return hook
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            leaves, spec = pytree.tree_flatten(output)
-            given, in_spec = open_calls[path].pop()
-            copies = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
-            calls[path].append(_Call(given, copies, in_spec, spec))
-
-        return hook
-
-    hooks = []
-    for path in paths:
-        hooks.append(module.get_submodule(path).register_forward_pre_hook(enter(path), with_kwargs=True))
-        hooks.append(module.get_submodule(path).register_forward_hook(leave(path), with_kwargs=True))
-    args, kwargs = pytree.tree_unflatten(list(inputs), in_spec)
-    with torch.no_grad(), plain_attention():
-        module.eval()(*args, **kwargs)
-    for hook in hooks:
-        hook.remove()
-    return {p: c if all(_is_known(v) for k in c for v in (*k.inputs, *k.outputs)) else [] for p, c in calls.items()}
-
-
-def _is_known(value: Any) -> bool:
-    return isinstance(value, (Tensor, *PLAIN, torch.dtype, torch.device))
-
-
-def _list_fixed(call: _Call) -> list[Any]:
-    return [None if isinstance(v, Tensor) else v for v in (*call.inputs, *call.outputs)]
 
 
 def _choose(path: str, nodes: list[fx.Node]) -> fx.Node:

@@ -50,8 +50,11 @@ def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
     """Return the graph with only `kept` positions of the named groups, analysed anew; weights are copies."""
     keeps = graph.keeps(kept)
     module = slice_graph(graph, keeps)
+    shared = {id(t) for t in graph.module.state_dict(keep_vars=True).values()}
     own: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in shared:
+            continue  # sliced, and so a copy already
         if id(tensor) not in own:
             copied = tensor.detach().clone()
             own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if _is_parameter(tensor) else copied

@@ -32,7 +32,7 @@ from jettison.graph.provenance import (
     write_attributes,
 )
 from jettison.graph.rewrite import refresh, slice_graph
-from jettison.graph.small import is_equal
+from jettison.graph.small import is_equal, run_small
 from jettison.graph.trace import find_attribute, get_tensor
 from jettison.graph.trainable import install_part
 
@@ -150,7 +150,8 @@ def _run_tagged(cutter: Cutter, result: nn.Module, *, is_shadow: bool) -> tuple[
 
 def _compare(cutter: Cutter, result: nn.Module, after: TaggedRun) -> list[Misfit]:
     """Compare the result with the graph; returns the submodules that compute something else."""
-    traced, small = cutter.graph.traced, None if cutter.fused else cutter.small_proof
+    traced = cutter.graph.traced
+    small = None if cutter.fused else run_small(cutter.model, cutter.final, traced.example)
     if small is not None and is_equal(result, traced, small, after.path):
         return []
     try:
