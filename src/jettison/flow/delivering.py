@@ -93,7 +93,7 @@ def deliver_kept(
 
     `result` "auto" gives the caller's own class, else that class with graphs in the place of the submodules whose
     source fixes a size, else the graph; "eager" raises FixedSize instead of giving the graph; "graph" gives always the
-    graph. The module is compared with the graph on the traced inputs, in float64 where that runs, and is in eval mode.
+    graph. The module is compared with the graph, in float64 where that runs (see `slice_module`), and is in eval mode.
     """
     check_kind(result)
     if result == "graph":

@@ -78,10 +78,13 @@ class CallNodes:
         return found in self.modules and found != module and bool(module) and not found.startswith(f"{module}.")
 
 
+_READ_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
+
+
 class Path(TorchFunctionMode):
     """The functions of torch that a forward calls, in order, with the numbers it gives them.
 
-    What only reads an attribute is left out, and whole numbers of calls that take sizes.
+    Left out is what only reads a shape, and the whole numbers of calls that take sizes.
     """
 
     def __init__(self) -> None:
@@ -90,7 +93,7 @@ class Path(TorchFunctionMode):
 
     def note(self, function: Any, args: Any, kwargs: Any) -> None:
         """Note a call."""
-        if getattr(function, "__name__", "") != "__get__":
+        if function != _READ_SHAPE:
             kinds = (float,) if function in FUNCTIONS else (int, float)
             leaves = pytree.tree_leaves((args, kwargs))
             # int(): a tagged number would take part in the comparison of paths.
