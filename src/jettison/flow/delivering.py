@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from jettison.core.errors import CheckpointError, FixedSize, InputError
 from jettison.core.plain import read_json, write_bytes, write_json
 from jettison.core.plan import Plan
-from jettison.graph.comparing import list_tensors, run_sliced, verify
+from jettison.graph.comparing import list_tensors
 from jettison.graph.groups import Graph
 from jettison.graph.store import describe_graph, load_graph, read_tensors, restore_graph, save_graph
-from jettison.graph.surgery import copy_tensors, rebuild, slice_module
+from jettison.graph.surgery import rebuild, slice_module
 from jettison.graph.trace import nest
 from jettison.graph.trainable import TrainableGraph, make_trainable
 
@@ -93,21 +93,18 @@ def deliver_kept(
 
     `result` "auto" gives the caller's own class, else that class with graphs in the place of the submodules whose
     source fixes a size, else the graph; "eager" raises FixedSize instead of giving the graph; "graph" gives always the
-    graph. The module is compared with the graph on the traced inputs, in float64 where that runs, and is in eval mode.
+    graph. The module is compared with the graph, in float64 where that runs (see `slice_module`), and is in eval mode.
     """
     check_kind(result)
     if result == "graph":
         return Delivered(_nest(graph, final), (), ASKED_FOR)
     try:
-        eager = slice_module(model, graph, graph.keeps(kept))
-        copy_tensors(final, eager.module)
-        eager.module.eval()
-        verify(eager.module, graph.traced, run_sliced(eager.module, final, graph.traced))
+        eager = slice_module(model, graph, graph.keeps(kept), final)
     except FixedSize as error:
         if result == "eager":
             raise
         return Delivered(_nest(graph, final), (), str(error))
-    return Delivered(eager.module, tuple(eager.attributes), "", eager.replaced)
+    return Delivered(eager.module.eval(), tuple(eager.attributes), "", eager.replaced)
 
 
 def check_kind(result: str) -> None:

@@ -38,10 +38,9 @@ def check_masked(graph: Graph, pruned: fx.GraphModule, keeps: Keeps, inputs: Bat
     # Inputs take one branch of a torch.cond; every way through the network must hold.
     for ways in itertools.product((0, 1), repeat=count_branch_levels(graph.module)):
         with torch.no_grad():
-            masked = run_masked(graph, keeps, wide, ways)
+            masked, original = run_both(graph, keeps, wide, ways)
             kept = _keep_outputs(graph, keeps, masked)
             sliced = run_double(pruned, wide, ways)
-            original = run_double(graph.module, wide, ways)
         scale = 1 + max(float(y.double().abs().max()) for y in original)
         error = max(error, measure_difference(kept, sliced) / scale)
         effect = max(effect, measure_difference(masked, original) / scale)
@@ -86,7 +85,28 @@ def run_masked(graph: Graph, keeps: Keeps, inputs: Batch, ways: Sequence[int] | 
 
     `ways` says which branch to take at each level of nested branches, 0 the true one; without it, conditions decide.
     """
+    return _list_outputs(_run(graph.module, [inputs], [_make_masked_step(graph, keeps)], ways))[0]
 
+
+def run_double(module: fx.GraphModule, inputs: Batch, ways: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    """Run a flat graph with its weights read as float64; returns the tensors among its outputs; `ways` as above."""
+    return _list_outputs(_run(module, [inputs], [_evaluate_wide], ways))[0]
+
+
+def run_both(
+    graph: Graph, keeps: Keeps, inputs: Batch, ways: Sequence[int] | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return what `run_masked` and `run_double` give for the original graph; each weight is read once for both."""
+    steps = [_make_masked_step(graph, keeps), _evaluate_wide]
+    masked, whole = _list_outputs(_run(graph.module, [inputs, inputs], steps, ways))
+    return masked, whole
+
+
+Step = Callable[[fx.Node, Mapping[fx.Node, Any]], Any]
+"""Computes a node from the values of its arguments; for a weight its own value is among them."""
+
+
+def _make_masked_step(graph: Graph, keeps: Keeps) -> Step:
     def step(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         # Weights and buffers too: a network may multiply one by another. And a recurrent unit's state cannot be masked
         # from outside between two steps; with its rows and columns of every weight at zero it needs no mask: its gates
@@ -95,44 +115,57 @@ def run_masked(graph: Graph, keeps: Keeps, inputs: Batch, ways: Sequence[int] | 
         value = values[node] if node.op == "get_attr" else _evaluate(node, values, graph, keeps)
         return _mask(value, graph.axes.terms.get(node, ()), keeps)
 
-    return tuple(v for v in _run(graph.module, inputs, step, ways) if isinstance(v, Tensor))
+    return step
 
 
-def run_double(module: fx.GraphModule, inputs: Batch, ways: Sequence[int] | None = None) -> tuple[Tensor, ...]:
-    """Run a flat graph with its weights read as float64; returns the tensors among its outputs; `ways` as above."""
-    return tuple(v for v in _run(module, inputs, _evaluate_wide, ways) if isinstance(v, Tensor))
+def _list_outputs(found: list[tuple[Any, ...]]) -> list[tuple[Tensor, ...]]:
+    return [tuple(v for v in outputs if isinstance(v, Tensor)) for outputs in found]
 
 
 def _run(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    step: Callable[[fx.Node, Mapping[fx.Node, Any]], Any],
-    ways: Sequence[int] | None,
-) -> tuple[Any, ...]:
-    values: dict[fx.Node, Any] = {}
+    module: fx.GraphModule, feeds: Sequence[Sequence[Any]], steps: Sequence[Step], ways: Sequence[int] | None
+) -> list[tuple[Any, ...]]:
+    """Run a graph in several ways side by side: each has its own inputs, its own step and its own outputs."""
+    sides: list[dict[fx.Node, Any]] = [{} for _ in steps]
     last_use = {argument: node for node in module.graph.nodes for argument in node.all_input_nodes}
-    feed = iter(inputs)
+    waiting = [iter(feed) for feed in feeds]
     for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(feed)
-        elif node.op == "get_attr":
-            values[node] = _widen(find_attribute(module, str(node.target)))
-            values[node] = step(node, values)
-        elif node.op == "output":
-            found = evaluate_node(node, values)
-            return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-        elif regions := list_regions(module, node):
+        if node.op in ("placeholder", "get_attr"):
+            for values, feed in zip(sides, waiting, strict=True) if node.op == "placeholder" else ():
+                values[node] = next(feed)
+            continue
+        _read_weights(module, node, sides, steps)
+        if node.op == "output":
+            found = [evaluate_node(node, values) for values in sides]
+            return [tuple(f) if isinstance(f, (tuple, list)) else (f,) for f in found]
+        if regions := list_regions(module, node):
             # Autocast leaves float64 alone, so its regions need no context here.
             is_branch = len(regions) > 1
-            region = regions[ways[0]] if is_branch and ways else choose_region(node, regions, values)
-            operands = [values[o] if isinstance(o, fx.Node) else o for o in region.operands]
-            values[node] = _run(region.module, operands, step, ways[1:] if is_branch and ways else ways)
+            region = regions[ways[0]] if is_branch and ways else choose_region(node, regions, sides[0])
+            inner = [[values[o] if isinstance(o, fx.Node) else o for o in region.operands] for values in sides]
+            outputs = _run(region.module, inner, steps, ways[1:] if is_branch and ways else ways)
+            for values, output in zip(sides, outputs, strict=True):
+                values[node] = output
         else:
-            values[node] = step(node, values)
+            for values, step in zip(sides, steps, strict=True):
+                values[node] = step(node, values)
         for argument in node.all_input_nodes:
             if last_use[argument] is node:
-                del values[argument]
+                for values in sides:
+                    del values[argument]
     raise AssertionError("a graph without an output node")
+
+
+def _read_weights(
+    module: fx.GraphModule, node: fx.Node, sides: Sequence[dict[fx.Node, Any]], steps: Sequence[Step]
+) -> None:
+    """Read the weights of a node where it runs: all of them at once in float64 are more than a cache holds."""
+    for argument in node.all_input_nodes:
+        if argument.op == "get_attr" and argument not in sides[0]:
+            weight = _widen(find_attribute(module, str(argument.target)))
+            for values, step in zip(sides, steps, strict=True):
+                values[argument] = weight
+                values[argument] = step(argument, values)
 
 
 def _widen(value: Any) -> Any:
@@ -146,14 +179,15 @@ def _mask(value: Any, dims: Any, keeps: Keeps) -> Any:
         return tuple(_mask(v, d, keeps) for v, d in zip(value, dims, strict=True))
     if not isinstance(value, Tensor):
         return value
+    mask: Tensor | None = None
     for dim, term in enumerate(dims):
         if is_touched(term, keeps):
             shape = [1] * value.dim()
             shape[dim] = -1
-            # Not a product: where all of a removed position's numbers are zero, a division has made NaN.
             kept = evaluate_mask(term, keeps).to(value.device).reshape(shape)
-            value = torch.where(kept, value, torch.zeros((), dtype=value.dtype, device=value.device))
-    return value
+            mask = kept if mask is None else mask & kept
+    # Not a product: where all of a removed position's numbers are zero, a division has made NaN.
+    return value if mask is None else torch.where(mask, value, torch.zeros((), dtype=value.dtype, device=value.device))
 
 
 def _evaluate(node: fx.Node, values: Mapping[fx.Node, Any], graph: Graph, keeps: Keeps) -> Any:

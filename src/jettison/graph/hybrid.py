@@ -10,6 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +19,22 @@ from torch.utils import _pytree as pytree
 
 from jettison.core.errors import FixedSize
 from jettison.graph.axes import Keeps, is_touched
-from jettison.graph.comparing import Proof, list_tensors, measure_error, prepare, tolerance_of, vary_constants
+from jettison.graph.calls import Call, list_fixed, record_calls
+from jettison.graph.comparing import (
+    Proof,
+    list_tensors,
+    measure_error,
+    prepare,
+    run_sliced,
+    tolerance_of,
+    vary_constants,
+)
 from jettison.graph.groups import Graph
 from jettison.graph.provenance import Misfit
 from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes, list_regions
 from jettison.graph.trace import Batch, find_attribute, nest, run_nodes
-from jettison.graph.trainable import PLAIN, install_part
+from jettison.graph.trainable import install_part
 
 
 @dataclass(frozen=True)
@@ -36,25 +46,22 @@ class Part:
     nodes: frozenset[str]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a submodule: what went in and came out, flat, and how it was nested."""
-
-    inputs: list[Any]
-    outputs: list[Any]
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-
-
 class Cutter:
     """Cuts submodules out of the graph of `model`, one after the other; `parts` and `reasons` go by their paths."""
 
-    def __init__(self, model: nn.Module, graph: Graph, keeps: Keeps, sliced: fx.GraphModule, proof: Proof) -> None:
-        self.model, self.graph, self.keeps, self.sliced, self.proof = model, graph, keeps, sliced, proof
+    def __init__(
+        self, model: nn.Module, graph: Graph, keeps: Keeps, sliced: fx.GraphModule, final: fx.GraphModule
+    ) -> None:
+        self.model, self.graph, self.keeps, self.sliced, self.final = model, graph, keeps, sliced, final
         self.parts: dict[str, Part] = {}
         self.reasons: dict[str, str] = {}
         self.fused: set[str] = set()
         """Submodules, or the larger ones around them, that torch may run as one fused kernel."""
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What the graph with its final weights gives for the example inputs."""
+        return run_sliced(self.model, self.final, self.graph.traced.example)
 
     def replace(self, misfits: Sequence[Misfit]) -> None:
         """Cut out the submodules to blame, or the next larger ones; raises the Misfit that only the root could cure."""
@@ -111,12 +118,12 @@ class Cutter:
         for index, same in enumerate(names[: len(tensors)]):
             for name in same[:1]:
                 readers.setdefault(name, []).append(index)
-        module, inputs = prepare(self.sliced, self.graph.traced, self.proof)
+        module = prepare(self.final, self.proof)
         assert isinstance(module, fx.GraphModule)
         tolerance = tolerance_of(self.proof)
         return {
             index
-            for name, value in _iterate_values(module, inputs)
+            for name, value in _iterate_values(module, self.proof.inputs)
             for index in readers.get(name, ())
             if tensors[index].shape != value.shape or not measure_error([tensors[index]], [value]) <= tolerance
         }
@@ -140,24 +147,24 @@ class Cutter:
     def _is_replaced(self, path: str) -> bool:
         return any(_is_inside(path, p) for p in self.parts)
 
-    def _record(self, paths: set[str]) -> dict[str, list[_Call]]:
+    def _record(self, paths: set[str]) -> dict[str, list[Call]]:
         """Run the model and note every call of the submodules; a second run tells what depends on the batch."""
         if not paths:
             return {}
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
-        module, inputs = prepare(self.model, self.graph.traced, whole)
-        calls = _record_calls(module, inputs, self.graph.traced.in_spec, paths)
+        module, inputs = prepare(self.model, whole), whole.inputs
+        calls = record_calls(module, inputs, self.graph.traced.in_spec, paths)
         if self.graph.traced.dynamic_batch:
             doubled = tuple(torch.cat([x, x]) if x.dim() else x for x in inputs)
-            others = _record_calls(module, doubled, self.graph.traced.in_spec, paths)
+            others = record_calls(module, doubled, self.graph.traced.in_spec, paths)
             for path in paths:
-                if [_list_fixed(c) for c in calls[path]] != [_list_fixed(c) for c in others[path]]:
+                if [list_fixed(c) for c in calls[path]] != [list_fixed(c) for c in others[path]]:
                     calls[path] = []  # a number that follows the batch is handed over
         return calls
 
     def _watch(self, model: nn.Module, proof: Proof) -> list[tuple[str, bool, Tensor]]:
         """Run a module and list what goes into and comes out of every submodule, in order."""
-        module, inputs = prepare(model, self.graph.traced, proof)
+        module = prepare(model, proof)
         events: list[tuple[str, bool, Tensor]] = []
         copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
@@ -180,14 +187,14 @@ class Cutter:
             if not self._is_replaced(path):
                 inner.register_forward_pre_hook(note(path, False), with_kwargs=True)
                 inner.register_forward_hook(note(path, True), with_kwargs=True)
-        args, kwargs = pytree.tree_unflatten(list(inputs), self.graph.traced.in_spec)
+        args, kwargs = pytree.tree_unflatten(list(proof.inputs), self.graph.traced.in_spec)
         with torch.no_grad(), plain_attention():
             module.eval()(*args, **kwargs)
         return events
 
     def _look_up(self, tensors: Sequence[Tensor], whole: Proof) -> list[list[str]]:
         """Name, for each tensor, the nodes of the original graph that have its value, in order."""
-        module, inputs = prepare(self.graph.module, self.graph.traced, whole)
+        module = prepare(self.graph.module, whole)
         assert isinstance(module, fx.GraphModule)
         same: list[list[str]] = [[] for _ in tensors]
         by_shape: dict[Any, list[int]] = {}
@@ -195,7 +202,7 @@ class Cutter:
             by_shape.setdefault((tensor.shape, tensor.dtype), []).append(index)
         firsts = [float(t.flatten()[0]) if t.numel() else 0.0 for t in tensors]
         tolerance = tolerance_of(whole)
-        for name, value in _iterate_values(module, inputs):
+        for name, value in _iterate_values(module, whole.inputs):
             indices = by_shape.get((value.shape, value.dtype), ())
             first = float(value.flatten()[0]) if indices and value.numel() else 0.0
             for index in indices:
@@ -204,14 +211,14 @@ class Cutter:
                     same[index].append(name)
         return same
 
-    def _look_up_all(self, calls: Mapping[str, list[_Call]]) -> dict[int, list[str]]:
+    def _look_up_all(self, calls: Mapping[str, list[Call]]) -> dict[int, list[str]]:
         """Name the nodes that have the value of each tensor that goes into or out of the calls, by its identity."""
         leaves = [v for found in calls.values() for c in found for v in (*c.inputs, *c.outputs)]
         tensors = [v for v in leaves if isinstance(v, Tensor)]
         whole = replace(self.proof, varied=vary_constants(self.model, self.graph.module))
         return {id(t): names for t, names in zip(tensors, self._look_up(tensors, whole), strict=True)}
 
-    def _cut(self, path: str, calls: list[_Call], same: Mapping[int, list[str]]) -> Part:
+    def _cut(self, path: str, calls: list[Call], same: Mapping[int, list[str]]) -> Part:
         """Cut the nodes of a submodule's calls out of both graphs; raises FixedSize where that cannot be done."""
         if not calls:
             raise FixedSize(f"{path!r} is not called as a module, or with numbers that follow the batch.")
@@ -347,48 +354,6 @@ def _iterate_values(module: fx.GraphModule, inputs: Batch) -> Iterator[tuple[str
         for node, value, _ in run_nodes(module, inputs):
             if node.graph is module.graph and node.op != "output" and isinstance(value, Tensor):
                 yield node.name, value
-
-
-def _record_calls(
-    module: nn.Module, inputs: Batch, in_spec: pytree.TreeSpec, paths: set[str]
-) -> dict[str, list[_Call]]:
-    calls: dict[str, list[_Call]] = {path: [] for path in paths}
-    open_calls: dict[str, list[tuple[list[Any], pytree.TreeSpec]]] = {path: [] for path in paths}
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves, spec = pytree.tree_flatten((args, kwargs))
-            open_calls[path].append(([v.clone() if isinstance(v, Tensor) else v for v in leaves], spec))
-
-        return hook
-
-    def leave(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            leaves, spec = pytree.tree_flatten(output)
-            given, in_spec = open_calls[path].pop()
-            copies = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
-            calls[path].append(_Call(given, copies, in_spec, spec))
-
-        return hook
-
-    hooks = []
-    for path in paths:
-        hooks.append(module.get_submodule(path).register_forward_pre_hook(enter(path), with_kwargs=True))
-        hooks.append(module.get_submodule(path).register_forward_hook(leave(path), with_kwargs=True))
-    args, kwargs = pytree.tree_unflatten(list(inputs), in_spec)
-    with torch.no_grad(), plain_attention():
-        module.eval()(*args, **kwargs)
-    for hook in hooks:
-        hook.remove()
-    return {p: c if all(_is_known(v) for k in c for v in (*k.inputs, *k.outputs)) else [] for p, c in calls.items()}
-
-
-def _is_known(value: Any) -> bool:
-    return isinstance(value, (Tensor, *PLAIN, torch.dtype, torch.device))
-
-
-def _list_fixed(call: _Call) -> list[Any]:
-    return [None if isinstance(v, Tensor) else v for v in (*call.inputs, *call.outputs)]
 
 
 def _choose(path: str, nodes: list[fx.Node]) -> fx.Node:

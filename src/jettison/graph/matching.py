@@ -7,7 +7,7 @@ user's line and the shape of the output.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from jettison.graph.provenance import (
 from jettison.graph.sizes import FUNCTIONS, NODE_FAMILY, Call, list_slices
 from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes
-from jettison.graph.trace import Traced, hint, shape_of
+from jettison.graph.trace import Traced, shape_of, shapes_of
 
 
 @dataclass
@@ -45,15 +45,14 @@ class Site:
 class CallNodes:
     """The nodes of the graph that take sizes, in order, by family; those in `without` left out.
 
+    `sliced` must know the sizes that slicing gave (`rewrite.refresh`).
+
     A call is met again by the submodule it is made in, or else by the user's line: a submodule with several names may
     go by another in the graph, and a graph that was decomposed may have lost either.
     """
 
-    def __init__(
-        self, module: fx.GraphModule, sliced: fx.GraphModule, shapes: Mapping[str, Any], without: Collection[str] = ()
-    ) -> None:
+    def __init__(self, module: fx.GraphModule, sliced: fx.GraphModule, without: Collection[str] = ()) -> None:
         self.sliced = {n.name: n for n in iterate_nodes(sliced)}
-        self.shapes = shapes
         self.waiting: dict[tuple[str, Place | str], list[fx.Node]] = {}
         self.taken: set[fx.Node] = set()
         self.modules: set[str] = set()
@@ -79,12 +78,45 @@ class CallNodes:
         return found in self.modules and found != module and bool(module) and not found.startswith(f"{module}.")
 
 
-class TaggedRun(TorchFunctionMode):
-    """One run of a tagged copy: the first notes which node each call became, the second what its sizes must be."""
+_READ_SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
-    def __init__(self, module: nn.Module, calls: CallNodes, traced: Traced) -> None:
+
+class Path(TorchFunctionMode):
+    """The functions of torch that a forward calls, in order, with the numbers it gives them.
+
+    Left out is what only reads a shape, and the whole numbers of calls that take sizes.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self.module, self.calls, self.traced = module, calls, traced
+        self.calls: list[tuple[Any, list[int | float]]] = []
+
+    def note(self, function: Any, args: Any, kwargs: Any) -> None:
+        """Note a call."""
+        if function != _READ_SHAPE:
+            kinds = (float,) if function in FUNCTIONS else (int, float)
+            leaves = pytree.tree_leaves((args, kwargs))
+            # int(): a tagged number would take part in the comparison of paths.
+            numbers = [int(v) if isinstance(v, int) else v for v in leaves if isinstance(v, kinds)]
+            self.calls.append((function, numbers))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class TaggedRun(TorchFunctionMode):
+    """One run of a tagged copy: the first notes which node each call became, the second what its sizes must be.
+
+    Only sizes are asked for, so the copy may be a shadow: on the meta device, where nothing is computed. `stopped` says
+    what ended the run, `path` what it called.
+    """
+
+    def __init__(self, module: nn.Module, calls: CallNodes, traced: Traced, *, is_shadow: bool) -> None:
+        super().__init__()
+        self.module, self.calls, self.traced, self.is_shadow = module, calls, traced, is_shadow
+        self.stopped: Misfit | None = None
+        self.path = Path()
         self.journal = Journal()
         self.sites: dict[str, list[Site]] = {}
         self.opened: set[str] = set()
@@ -100,17 +132,24 @@ class TaggedRun(TorchFunctionMode):
             self.calls.modules.add(path)
             module.register_forward_pre_hook(self._enter(path))
             module.register_forward_hook(self._note_sizes(path), with_kwargs=True)
-        args, kwargs = pytree.tree_unflatten(list(self.traced.example), self.traced.in_spec)
-        with tag_attributes(self.module, self.journal), plain_attention():
+        inputs = self.traced.example
+        place: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.is_shadow:
+            inputs, place = tuple(x.to("meta") for x in inputs), torch.device("meta")
+        args, kwargs = pytree.tree_unflatten(list(inputs), self.traced.in_spec)
+        with tag_attributes(self.module, self.journal), plain_attention(), place:
             run_watched(self, self.module, args, kwargs, self.journal)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        self.path.note(func, args, kwargs)
         self._note_reached(args, kwargs)
         if func is F.multi_head_attention_forward:
             self.opened.add(self.journal.module)
             with _opened(), self:
                 return func(*args, **kwargs)
+        if self.is_shadow and func is F.batch_norm:
+            return torch.empty_like(args[0] if args else kwargs["input"])  # torch takes a while to say as much
         entry = FUNCTIONS.get(func)
         if entry is None:
             return func(*args, **kwargs)
@@ -128,7 +167,7 @@ class TaggedRun(TorchFunctionMode):
                 self.journal.module,
             )
         nodes = [None if n is None else self.calls.sliced[n] for n in site.nodes]
-        call = Call(func, list(args), kwargs, nodes, self.calls.shapes, place, self.journal)
+        call = Call(func, list(args), kwargs, nodes, place, self.journal)
         fix(call)
         return call.function(*call.args, **call.kwargs)
 
@@ -144,7 +183,7 @@ class TaggedRun(TorchFunctionMode):
         if family == "slice":
             return [self._match_slice(dim, part, args[0], place) for dim, part in list_slices(args)]
         shapes = [tuple(t.shape) for t in out] if isinstance(out, (tuple, list)) else tuple(out.shape)
-        return [self.calls.take(family, self.journal.module, place, lambda node: _node_shapes(node) == shapes)]
+        return [self.calls.take(family, self.journal.module, place, lambda node: shapes_of(node) == shapes)]
 
     def _match_slice(self, dim: int, part: slice, x: Tensor, place: Place) -> str | None:
         size = x.shape[dim]
@@ -215,13 +254,6 @@ def _error_module(error: BaseException, module: nn.Module) -> str:
         found = paths.get(id(trail.tb_frame.f_locals.get("self")), found)
         trail = trail.tb_next
     return found
-
-
-def _node_shapes(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    if isinstance(value, (tuple, list)):
-        return [tuple(map(hint, v.shape)) for v in value]
-    return shape_of(node)
 
 
 def _first_shape(value: Any) -> tuple[int, ...]:

@@ -50,8 +50,11 @@ def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
     """Return the graph with only `kept` positions of the named groups, analysed anew; weights are copies."""
     keeps = graph.keeps(kept)
     module = slice_graph(graph, keeps)
+    shared = {id(t) for t in graph.module.state_dict(keep_vars=True).values()}
     own: dict[int, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in shared:
+            continue  # sliced, and so a copy already
         if id(tensor) not in own:
             copied = tensor.detach().clone()
             own[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if _is_parameter(tensor) else copied
@@ -63,16 +66,21 @@ def prune_graph(graph: Graph, kept: Mapping[str, Any]) -> Graph:
 def refresh(module: fx.GraphModule, graph: Graph, keeps: Keeps) -> None:
     """Put the sizes that slicing gave into the metadata of every node; a free batch stays free."""
     originals = {n.name: n for n in iterate_nodes(graph.module)}
+    made: dict[Any, Tensor] = {}
     for node in iterate_nodes(module):
         original = originals.get(node.name)
         if original is not None and "val" in original.meta:
-            node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps)
+            node.meta["val"] = _resize(original.meta["val"], graph.axes.terms.get(original, ()), keeps, made)
 
 
-def _resize(value: Any, dims: Any, keeps: Keeps) -> Any:
+def _resize(value: Any, dims: Any, keeps: Keeps, made: dict[Any, Tensor]) -> Any:
+    """Return what stands for a node's value, with the sizes that slicing gives it.
+
+    `made` holds those already made, by what they were made from: a network has few shapes, and making one is slow.
+    """
     if isinstance(value, (tuple, list)):
         inner = iterate_dims(dims) if dims else [()] * len(value)
-        return type(value)(_resize(v, d, keeps) for v, d in zip(value, inner, strict=True))
+        return type(value)(_resize(v, d, keeps, made) for v, d in zip(value, inner, strict=True))
     if not isinstance(value, Tensor) or not any(is_touched(t, keeps) for t in dims):
         return value
     sizes = []
@@ -82,7 +90,10 @@ def _resize(value: Any, dims: Any, keeps: Keeps) -> Any:
             total, kept = resolve(term).size, count_kept(term, keeps)
             size = kept if isinstance(size, int) else size * kept // total
         sizes.append(size)
-    return value.new_empty(sizes)
+    key = (value.dtype, value.device, *(s if isinstance(s, int) else str(s.node.expr) for s in sizes))
+    if key not in made:
+        made[key] = value.new_empty(sizes)
+    return made[key]
 
 
 def kept_of(graph: Graph, node: fx.Node, dim: int, keeps: Keeps) -> Tensor:

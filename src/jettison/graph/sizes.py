@@ -5,7 +5,7 @@ One small function per family; `FUNCTIONS` names the functions a network calls, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,21 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from jettison.graph.provenance import Demand, Journal, Place, Tagged, express
+from jettison.graph.trace import shapes_of
 
 
 @dataclass
 class Call:
     """One intercepted call on sliced tensors; `function`, `args` and `kwargs` are put right in place.
 
-    `nodes` are the nodes it became in the sliced graph (None where there is none to learn from) and `shapes` the shapes
-    their outputs have there.
+    `nodes` are the nodes it became in the sliced graph, which know their sizes there (None where there is none to learn
+    from).
     """
 
     function: Callable[..., Any]
     args: list[Any]
     kwargs: dict[str, Any]
     nodes: list[fx.Node | None]
-    shapes: Mapping[str, Any]
     place: Place
     journal: Journal
 
@@ -83,7 +83,7 @@ def _fix_shape(call: Call) -> None:
     """view, reshape, expand: the sizes are those of the output."""
     if call.nodes[0] is None:
         return
-    shape = call.shapes[call.nodes[0].name]
+    shape = shapes_of(call.nodes[0])
 
     def put(sizes: Any) -> Any:
         # int(): a tagged size answers comparisons as the source's own were answered.
@@ -108,7 +108,7 @@ def _fix_constant(call: Call) -> None:
 def _fix_unflatten(call: Call) -> None:
     if call.nodes[0] is None:
         return
-    shape, x = call.shapes[call.nodes[0].name], call.args[0]
+    shape, x = shapes_of(call.nodes[0]), call.args[0]
     dim = call.args[1] if len(call.args) > 1 else call.kwargs["dim"]
     offset = dim + x.dim() if dim < 0 else dim
     call.change(2, "sizes", lambda v: [s if int(s) == -1 else call.need(s, shape[offset + i]) for i, s in enumerate(v)])
@@ -182,7 +182,7 @@ _LIST_SIZES = "Write `x.split([a, b])` with sizes that are attributes of the mod
 def _part_sizes(call: Call) -> list[int] | None:
     if call.nodes[0] is None:
         return None
-    shapes = call.shapes[call.nodes[0].name]
+    shapes = shapes_of(call.nodes[0])
     dim = call.args[2] if len(call.args) > 2 else call.kwargs.get("dim", 0)
     return [shape[dim] for shape in shapes]
 

@@ -2,7 +2,8 @@
 
 The graph result is always possible; this one where the user's source can express it. Attributes are found, not listed:
 the forward runs twice with tagged integers (`provenance`), once as it was and once with sliced tensors, and every call
-that takes sizes is matched to its node in the graph, which says what those sizes must become.
+that takes sizes is matched to its node in the graph, which says what those sizes must become. Only sizes are asked for
+in these runs; the comparison with the graph at the end is what computes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from jettison.core.errors import CheckpointError, FixedSize
 from jettison.graph.axes import Keeps
 from jettison.graph.caches import forget_caches
-from jettison.graph.comparing import copy_module, list_tensors, place_tensors, run_sliced, verify
+from jettison.graph.comparing import copy_module, copy_shadow, list_tensors, place_tensors, verify
 from jettison.graph.groups import Graph
 from jettison.graph.hybrid import Cutter
 from jettison.graph.matching import CallNodes, TaggedRun
@@ -30,7 +31,8 @@ from jettison.graph.provenance import (
     solve_demands,
     write_attributes,
 )
-from jettison.graph.rewrite import slice_graph
+from jettison.graph.rewrite import refresh, slice_graph
+from jettison.graph.small import is_equal, run_small
 from jettison.graph.trace import find_attribute, get_tensor
 from jettison.graph.trainable import install_part
 
@@ -48,15 +50,17 @@ class Eager:
     replaced: dict[str, str]
 
 
-def slice_module(model: nn.Module, graph: Graph, keeps: Keeps) -> Eager:
+def slice_module(model: nn.Module, graph: Graph, keeps: Keeps, final: fx.GraphModule | None = None) -> Eager:
     """Return a copy of `model` without the dropped positions: same class, same names; the model is not changed.
 
     `graph` must be traced from `model`. A submodule whose source cannot express the pruned network is replaced by its
     part of the graph, the smallest that will do. The copy's output is compared with that of `slice_graph` on the
-    example inputs, in float64 wherever the graph runs in it. Raises FixedSize, with the user's line, where only the
-    whole network could be replaced.
+    example inputs, or on small pictures where those tell as much, in float64 wherever the graph runs in it. With
+    `final`, that graph with other weights (refitted ones), the copy gets those and is compared with it. Raises
+    FixedSize, with the user's line, where only the whole network could be replaced, and CheckpointError where `final`
+    is the graph of another choice.
     """
-    cutter = _make_cutter(model, graph, keeps)
+    cutter = _make_cutter(model, graph, keeps, final)
     while True:
         found = _slice_around(cutter)
         if isinstance(found, Eager):
@@ -66,44 +70,38 @@ def slice_module(model: nn.Module, graph: Graph, keeps: Keeps) -> Eager:
 
 def find_misfits(model: nn.Module, graph: Graph, keeps: Keeps) -> list[Misfit]:
     """Say which submodules of `model` cannot express the pruned network in their own source; none where all can."""
-    found = _slice_around(_make_cutter(model, graph, keeps))
+    found = _slice_around(_make_cutter(model, graph, keeps, None))
     return [] if isinstance(found, Eager) else found
 
 
-def _make_cutter(model: nn.Module, graph: Graph, keeps: Keeps) -> Cutter:
-    """Slice the graph, run it for the proof, and copy `model` without what its forward computes anew."""
+def _make_cutter(model: nn.Module, graph: Graph, keeps: Keeps, final: fx.GraphModule | None) -> Cutter:
+    """Slice the graph, and copy `model`, tensors shared, without what its forward computes anew."""
     sliced = slice_graph(graph, keeps)
-    proof = run_sliced(model, sliced, graph.traced)
+    refresh(sliced, graph, keeps)
     args, kwargs = pytree.tree_unflatten(list(graph.traced.example), graph.traced.in_spec)
     with forget_caches(model, args, kwargs):
-        copied = copy_module(model)
-    return Cutter(copied, graph, keeps, sliced, proof)
+        copied = copy_module(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    return Cutter(copied, graph, keeps, sliced, sliced if final is None else final)
 
 
 def _slice_around(cutter: Cutter) -> Eager | list[Misfit]:
     """Slice the copy with what `cutter` has cut out so far; or say which submodules cannot be expressed."""
-    model = cutter.model
-    traced, sliced, proof, parts = cutter.graph.traced, cutter.sliced, cutter.proof, cutter.parts
-    calls = CallNodes(traced.module, sliced, proof.shapes, {name for part in parts.values() for name in part.nodes})
-    whole = copy_module(model)
-    cutter.install(whole, is_small=False)
-    before = TaggedRun(whole, calls, traced)
-    result = copy_module(model)
-    misfits = _find_own_tensors(result, traced.module, sliced, parts)
+    model, traced, sliced = cutter.model, cutter.graph.traced, cutter.sliced
+    misfits = _find_own_tensors(model, traced.module, sliced, cutter.parts)
     if misfits:
         return misfits
-    place_tensors(result, _changed_tensors(result, traced.module, sliced))
+    result = _copy_sliced(model, traced.module, sliced)
     cutter.install(result, is_small=True)
-    after = TaggedRun(copy_module(result), calls, traced)
-    try:
-        before.run(None)
-        cutter.fused |= before.opened
-        after.run(before)
-    except Misfit as error:
-        return [*after.journal.misfits.values(), error]
+    before, after = _run_tagged(cutter, result, is_shadow=True)
+    if after.stopped is not None:
+        before, after = _run_tagged(cutter, result, is_shadow=False)
+    cutter.fused |= before.opened
+    misfits = list(after.journal.misfits.values())
+    if after.stopped is not None:
+        return [*misfits, after.stopped]
     old = read_attributes(result)
-    new, misfits = _solve(after.journal.demands, old)
-    misfits += after.journal.misfits.values()
+    new, unsolved = _solve(after.journal.demands, old)
+    misfits = [*unsolved, *misfits]
     if misfits:
         return misfits
     reached = before.journal.reached | after.journal.reached | new.keys()
@@ -111,20 +109,65 @@ def _slice_around(cutter: Cutter) -> Eager | list[Misfit]:
     new |= _describe(described, model, result, before.sizes, after.sizes)
     changed = {s: v for s, v in new.items() if old[s] != v}
     write_attributes(result, changed)
+    if cutter.final is not sliced:
+        copy_tensors(cutter.final, result)
+    misfits = _compare(cutter, result, after)
+    return misfits or Eager(result, _list_attributes(result, changed), dict(cutter.reasons))
+
+
+def _copy_sliced(model: nn.Module, whole: nn.Module, sliced: nn.Module) -> nn.Module:
+    """Copy a module with the tensors of the sliced graph in the place of those that have another shape there."""
+    changed = _changed_tensors(model, whole, sliced)
+    instead: dict[int, Tensor] = {}
+    for name, tensor in changed.items():
+        old = get_tensor(model, name)
+        if type(old) is nn.Parameter:
+            instead.setdefault(id(old), nn.Parameter(tensor, requires_grad=old.requires_grad))
+    result = copy_module(model, instead)
+    place_tensors(result, {name: t for name, t in changed.items() if get_tensor(result, name).shape != t.shape})
+    return result
+
+
+def _run_tagged(cutter: Cutter, result: nn.Module, *, is_shadow: bool) -> tuple[TaggedRun, TaggedRun]:
+    """Run copies of the network before and after pruning with tagged integers; the second says what stopped either.
+
+    A shadow may be stopped by what only a real run can do (read a number, mix devices); it is no verdict.
+    """
+    graph, parts = cutter.graph, cutter.parts
+    calls = CallNodes(graph.traced.module, cutter.sliced, {name for part in parts.values() for name in part.nodes})
+    make = copy_shadow if is_shadow else copy_module
+    whole = make(cutter.model)
+    cutter.install(whole, is_small=False)
+    before = TaggedRun(whole, calls, graph.traced, is_shadow=is_shadow)
+    after = TaggedRun(make(result), calls, graph.traced, is_shadow=is_shadow)
     try:
-        verify(result, traced, proof)
+        before.run(None)
+        after.run(before)
+    except Misfit as error:
+        after.stopped = error
+    return before, after
+
+
+def _compare(cutter: Cutter, result: nn.Module, after: TaggedRun) -> list[Misfit]:
+    """Compare the result with the graph; returns the submodules that compute something else."""
+    traced = cutter.graph.traced
+    small = None if cutter.fused else run_small(cutter.model, cutter.final, traced.example)
+    if small is not None and is_equal(result, traced, small, after.path):
+        return []
+    try:
+        verify(result, traced, cutter.proof)
     except Misfit as error:
         return [error]
     except FixedSize as error:
         return [Misfit(str(error), cutter.find_difference(result))]
     if cutter.fused and torch.backends.mha.get_fastpath_enabled():
         try:
-            verify(result, traced, proof, fused=True)
+            verify(result, traced, cutter.proof, fused=True)
         except Misfit as error:
             return [error]
         except FixedSize as error:
             return [Misfit(str(error), path) for path in sorted(cutter.fused)]
-    return Eager(result, _list_attributes(result, changed), dict(cutter.reasons))
+    return []
 
 
 def _solve(demands: Sequence[Demand], old: Mapping[Source, int]) -> tuple[dict[Source, int], list[Misfit]]:

@@ -8,18 +8,20 @@ import math
 import operator
 import os
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from jettison.core.errors import InputError, JettisonError, NonFiniteError, ShapeError, TraceError
 from jettison.graph.caches import forget_caches
 from jettison.graph.functional import replace_writes
+from jettison.graph.inline import inline_tensors
 from jettison.graph.state import eval_mode, plain_attention, same_buffers
 from jettison.graph.subgraphs import (
     Context,
@@ -68,14 +70,12 @@ def trace_module(model: nn.Module, inputs: Sequence[Any], kwinputs: Mapping[str,
     _check_state(model)
     with eval_mode(model), same_buffers(model), plain_attention(), _quiet_export(), torch.no_grad():
         _try_forward(model, args, kwargs)
-        with forget_caches(model, args, kwargs):
+        # Export makes a new graph module in each of its passes; only the last one's code may ever run.
+        with forget_caches(model, args, kwargs), _use_lazy_graph_module(True):
             program, dynamic, example_args, example_kwargs = _export(model, args, kwargs)
-        module = program.module(check_guards=False)
-        assert isinstance(module, fx.GraphModule)
-        if not replace_writes(module):
+        if not replace_writes(program.graph_module):
             program = program.run_decompositions({})
-            module = program.module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
+        module = inline_tensors(program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     _flatten(module)
     flat = tuple(pytree.tree_leaves((example_args, example_kwargs)))
@@ -127,6 +127,14 @@ def shape_of(node: fx.Node) -> tuple[int, ...] | None:
     return tuple(map(hint, value.shape)) if isinstance(value, Tensor) else None
 
 
+def shapes_of(node: fx.Node) -> Any:
+    """Return what `shape_of` does, or for a node that yields several tensors the shapes of all."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return [tuple(map(hint, v.shape)) if isinstance(v, Tensor) else () for v in value]
+    return shape_of(node)
+
+
 def source_line(node: fx.Node) -> str:
     """Return the user's `file:line` that made this node: the innermost frame outside torch and site-packages."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
@@ -167,16 +175,22 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 Steps = Generator[tuple[fx.Node, Any, dict[fx.Node, Any]], None, Any]
 
 
-def run_nodes(module: fx.GraphModule, inputs: Batch) -> Steps:
+Reader = Callable[[nn.Module, str], Any]
+"""Gives what a `get_attr` node of a graph module names."""
+
+
+def run_nodes(module: fx.GraphModule, inputs: Batch, read: Reader = find_attribute) -> Steps:
     """Run the graph node by node; yields each call or output node with its value and the values still alive.
 
     A caller may replace `values[node]` before the next step, to see what follows from another value. Nodes of a
     sub-graph that runs (of `torch.cond`, say) come before the node that runs it, with values of their own.
     """
-    return _run_graph(module, inputs, contextlib.nullcontext, is_whole=True)
+    return _run_graph(module, inputs, read, contextlib.nullcontext, is_whole=True)
 
 
-def _run_graph(module: fx.GraphModule, inputs: Sequence[Any], context: Context, *, is_whole: bool) -> Steps:
+def _run_graph(
+    module: fx.GraphModule, inputs: Sequence[Any], read: Reader, context: Context, *, is_whole: bool
+) -> Steps:
     values: dict[fx.Node, Any] = {}
     last_use: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -187,13 +201,13 @@ def _run_graph(module: fx.GraphModule, inputs: Sequence[Any], context: Context, 
         if node.op == "placeholder":
             values[node] = next(feed)
         elif node.op == "get_attr":
-            values[node] = find_attribute(module, str(node.target))
+            values[node] = read(module, str(node.target))
         elif regions := list_regions(module, node):
             region = choose_region(node, regions, values)
             operands = [values[o] if isinstance(o, fx.Node) else o for o in region.operands]
             # The caller's own work between two steps is not to run under the region's autocast.
             nested = _nest_contexts(context, region.context)
-            values[node] = yield from _run_graph(region.module, operands, nested, is_whole=False)
+            values[node] = yield from _run_graph(region.module, operands, read, nested, is_whole=False)
             yield node, values[node], values
         else:
             with context():
@@ -235,6 +249,8 @@ def _check_state(model: nn.Module) -> None:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
+        if bool(torch.isfinite(tensor.sum())):
+            continue  # a quick way through; large numbers may well add up to infinity
         # Masks and bounds in buffers may well be infinite.
         bad = int((~torch.isfinite(tensor) if name in parameters else torch.isnan(tensor)).sum())
         if bad:
@@ -339,8 +355,6 @@ def _flatten(module: fx.GraphModule) -> None:
     for graph_module in (*(r.module for r in iterate_regions(module)), module):
         _plain_graph(graph_module)
     name_apart(module)
-    # torch.export's own check of the nesting: flat inputs would not pass it.
-    module._forward_pre_hooks.clear()
 
 
 def _plain_graph(module: fx.GraphModule) -> None:
