@@ -90,11 +90,13 @@ def test_the_same_network_gives_the_same_bytes(graph: GraphModule, tmp_path: Pat
     assert found.input_shapes == ((None, *Pictures.shape),) and found.output_names == ("logits",)
 
 
-def test_integers_are_no_matter_of_pytorch(converted: GraphModule, tmp_path: Path) -> None:
-    for target in (eager, inductor):
-        with pytest.raises(ExportError, match="integers"):
-            write(target, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
+def test_integers_are_no_matter_of_pytorch_operator_by_operator(converted: GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="integers"):
+        write(eager, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
     assert not list(tmp_path.iterdir())
+    path = write(inductor, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
+    with pytest.raises(CheckpointError, match="target='inductor'"):
+        eager.load(path, threads=1)
 
 
 def test_other_zip_files_are_refused(tmp_path: Path) -> None:
