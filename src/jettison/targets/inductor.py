@@ -70,10 +70,11 @@ def export(
     value lies in the middle between two integers, the file may take the other one. Raises ExportError for what the
     graph's store refuses, StorageError where the file cannot be written.
     """
-    from jettison.targets.converted import is_converted, spell_for_pt2e
+    from jettison.targets.converted import cut_before_rounding, is_converted, spell_for_pt2e
 
     if is_converted(module):
         module = spell_for_pt2e(module, weights_as_pairs=False)
+        cut_before_rounding(module)
     graph_file.write(
         module, inputs, path, input_names=input_names, output_names=output_names, dynamic_batch=dynamic_batch
     )

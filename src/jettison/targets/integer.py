@@ -52,7 +52,8 @@ class IntegerScheme:
     activations that disappear into the range of the operator before them. `requantized` have their own output
     range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
     All operator names are like "aten.conv2d.default". `bits` gives single layers, by name, fewer bits than the target's
-    own: those of the weight and those of the tensor it multiplies.
+    own: those of the weight and those of the tensor it multiplies. `cuts` says if the target's files keep a grid of
+    activations that is coarser than 8 bits; where they do not, there is none.
     """
 
     target: str
@@ -66,6 +67,7 @@ class IntegerScheme:
     inherited: frozenset[str]
     why: str
     bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    cuts: bool = True
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:
