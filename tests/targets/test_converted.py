@@ -140,6 +140,28 @@ def test_other_zip_files_are_refused(tmp_path: Path) -> None:
         eager.load(tmp_path / "other.npz", threads=1)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(inductor.why_missing() is not None, reason=str(inductor.why_missing()))
+def test_the_compiler_gets_the_weights_as_constants(
+    graph: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are folded and packed then; as inputs, which they are without it, they would be packed at each run."""
+    from torch._inductor import freezing
+
+    given: list[int] = []
+
+    def watch(traced: GraphModule, whole: GraphModule, inputs: list[torch.Tensor]) -> object:
+        found = freeze(traced, whole, inputs)
+        given.append(len(found[1]))
+        return found
+
+    freeze = freezing.freeze
+    monkeypatch.setattr(freezing, "freeze", watch)
+    path = write(inductor, graph, tmp_path / "net.graph", torch.zeros(2, *Pictures.shape))
+    inductor.load(path, threads=1).run([np.zeros((2, *Pictures.shape), np.float32)])
+    assert given == [1]  # the pictures
+
+
 def test_running_gives_back_the_threads_it_took(graph: GraphModule, tmp_path: Path) -> None:
     path = write(eager, graph, tmp_path / "net.graph", torch.zeros(2, *Pictures.shape))
     session = eager.load(path, threads=2)

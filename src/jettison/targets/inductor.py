@@ -100,10 +100,10 @@ class Session:
         import torch
 
         shapes = tuple(a.shape for a in arrays)
-        with torch.no_grad(), use_threads(self.threads), _quiet():
+        with torch.no_grad(), use_threads(self.threads):
             if shapes in self.seen:
                 return take_out(self.call(*lay_out(arrays)))
-            with _freezing():
+            with _quiet(), _freezing():
                 found = take_out(self.call(*lay_out(arrays)))
             self.seen.add(shapes)
             return found
