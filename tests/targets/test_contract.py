@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +18,10 @@ from tests.targets.networks import Heavy, Pictures, Tokens, trace_trained, write
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from jettison.core.errors import CheckpointError, ExportError, ShapeError, UnknownName
+from jettison.core.errors import CheckpointError, ExportError, InputError, ShapeError, UnknownName
 from jettison.graph.trace import Traced, trace_module
 from jettison.quantization import Quantized, quantize
-from jettison.targets import TARGETS
+from jettison.targets import TARGETS, onnxruntime
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,8 @@ BF16_TOLERANCE = 0.02
 """The same for bfloat16, whose numbers are right to 2^-9: ten layers in a row, with room for unlucky signs."""
 WITHIN_ONE_STEP = 0.9999
 """Share of outputs that may differ by at most one 8-bit step of the output's range (algorithms.md 4.1)."""
+NO_COARSE_ACTIVATIONS = ("executorch", "litert")
+"""Their converters read the type of a rounding, not its ends."""
 IN_TORCH = ("eager", "inductor")
 """These run PyTorch's own operators, so that there is none they cannot express."""
 
@@ -183,6 +185,28 @@ def test_the_audit_tells_a_layer_left_in_float(workshop: Workshop, name: str, tm
         "fc": False,
         "none": False,
     }
+
+
+@pytest.mark.parametrize("name", INTEGER)
+def test_fewer_bits_are_computed_or_refused(workshop: Workshop, name: str, tmp_path: Path) -> None:
+    """Four bits of weights everywhere; five of activations where the file keeps such a grid, else an InputError."""
+    target, graph = find(name), workshop.trace("tokens").module
+    x = torch.randn(48, *Tokens.shape, generator=torch.Generator().manual_seed(2))
+    scheme, batches, path = target.scheme(), [(x[:16],)], tmp_path / f"coarse{target.SUFFIX}"
+    few = None if name in NO_COARSE_ACTIVATIONS else 5
+    found = quantize(graph, batches, scheme=scheme, weight_bits=4, activation_bits=few)
+    write(target, found.module, path, x[:2])
+    given = target.predict(target.load(path, threads=1, precision="int8"), (x,))[0]
+    assert share_within_a_step(found.module(x)[0], given) >= WITHIN_ONE_STEP
+    assert set(target.audit(path, [site.layer for site in found.sites]).values()) == {True}
+    if few is None:
+        for asked in ({"activation_bits": 5}, {"scheme": replace(scheme, bits={"fc1": (8, 5)})}):
+            with pytest.raises(InputError, match=f"target='{name}'"):
+                quantize(graph, batches, **{"scheme": scheme, **asked})  # type: ignore[arg-type]
+        other = quantize(graph, batches, scheme=onnxruntime.scheme(), activation_bits=5)
+        with pytest.raises(InputError, match="rounded to 0 to 31"):
+            write(target, other.module, tmp_path / "other", x[:2])
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(("name", "precision"), PAIRS)

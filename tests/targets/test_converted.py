@@ -12,8 +12,17 @@ from torch.fx import GraphModule
 
 from jettison.core.errors import CheckpointError, ExportError, InputError
 from jettison.quantization import quantize
-from jettison.targets import eager, executorch, graph_file, inductor
-from jettison.targets.converted import copy_flat, fingerprint, list_fingerprints, spell_for_pt2e, spell_in_bf16
+from jettison.targets import eager, executorch, graph_file, inductor, onnxruntime
+from jettison.targets.converted import (
+    copy_flat,
+    cut_before_rounding,
+    find_coarse,
+    fingerprint,
+    list_fingerprints,
+    refuse_coarse,
+    spell_for_pt2e,
+    spell_in_bf16,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -90,17 +99,67 @@ def test_the_same_network_gives_the_same_bytes(graph: GraphModule, tmp_path: Pat
     assert found.input_shapes == ((None, *Pictures.shape),) and found.output_names == ("logits",)
 
 
-def test_integers_are_no_matter_of_pytorch(converted: GraphModule, tmp_path: Path) -> None:
-    for target in (eager, inductor):
-        with pytest.raises(ExportError, match="integers"):
-            write(target, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
+def test_integers_are_no_matter_of_pytorch_operator_by_operator(converted: GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="integers"):
+        write(eager, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
     assert not list(tmp_path.iterdir())
+    path = write(inductor, converted, tmp_path / "int8.graph", torch.zeros(2, *Pictures.shape))
+    with pytest.raises(CheckpointError, match="target='inductor'"):
+        eager.load(path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def coarse(graph: GraphModule) -> GraphModule:
+    torch.manual_seed(1)
+    batches = [(torch.randn(16, *Pictures.shape),)]
+    return quantize(graph, batches, scheme=onnxruntime.scheme(), activation_bits=5).module
+
+
+def test_a_coarse_grid_is_cut_by_a_clamp(coarse: GraphModule, converted: GraphModule) -> None:
+    assert not find_coarse(converted) and len(find_coarse(coarse)) > 8
+    x = torch.randn(8, *Pictures.shape)
+    cut = spell_for_pt2e(coarse, weights_as_pairs=False)
+    whole = spell_for_pt2e(coarse, weights_as_pairs=False)
+    cut_before_rounding(cut)
+    for node in find_coarse(whole):
+        node.args = (*node.args[:3], 0, 255, torch.uint8)
+    whole.recompile()
+    assert not find_coarse(cut) and torch.equal(cut(x)[0], coarse(x)[0])
+    assert not torch.equal(whole(x)[0], coarse(x)[0])  # what a converter computes that reads types only
+
+
+def test_a_coarse_grid_is_refused_by_name(coarse: GraphModule, converted: GraphModule) -> None:
+    refuse_coarse(converted, "a runtime")
+    with pytest.raises(InputError, match=r"rounded to 0 to 31, first .* A file for a runtime"):
+        refuse_coarse(coarse, "a runtime")
 
 
 def test_other_zip_files_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     with pytest.raises(CheckpointError, match="other"):
         eager.load(tmp_path / "other.npz", threads=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(inductor.why_missing() is not None, reason=str(inductor.why_missing()))
+def test_the_compiler_gets_the_weights_as_constants(
+    graph: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are folded and packed then; as inputs, which they are without it, they would be packed at each run."""
+    from torch._inductor import freezing
+
+    given: list[int] = []
+
+    def watch(traced: GraphModule, whole: GraphModule, inputs: list[torch.Tensor]) -> object:
+        found = freeze(traced, whole, inputs)
+        given.append(len(found[1]))
+        return found
+
+    freeze = freezing.freeze
+    monkeypatch.setattr(freezing, "freeze", watch)
+    path = write(inductor, graph, tmp_path / "net.graph", torch.zeros(2, *Pictures.shape))
+    inductor.load(path, threads=1).run([np.zeros((2, *Pictures.shape), np.float32)])
+    assert given == [1]  # the pictures
 
 
 def test_running_gives_back_the_threads_it_took(graph: GraphModule, tmp_path: Path) -> None:

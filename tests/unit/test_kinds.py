@@ -13,6 +13,7 @@ from jettison.flow.kinds import check_kind
 from jettison.graph.trace import trace_module
 from jettison.quantization.dynamic import quantize_dynamic
 from jettison.quantization.half import find_overflows, refuse_overflow, store_half
+from jettison.quantization.recurrent import SMALLEST
 from jettison.quantization.weight_only import choose_group, quantize_weights, round_weight
 from jettison.targets.integer import Levels
 from jettison.targets.operators import GROUP_KERNELS, choose_dynamic, dequantize_groups, round_groups
@@ -218,25 +219,46 @@ def test_the_public_function_takes_every_kind() -> None:
     assert {s.bits for s in jettison.quantize(model, x, kind="weight-only", weight_bits=8, group_size=64).sites} == {8}
 
 
-def test_recurrent_layers_stay_float_and_are_listed() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.gru, self.fc = (
-                nn.LSTM(8, 6, batch_first=True),
-                nn.GRU(6, 6, batch_first=True),
-                nn.Linear(6, 3),
-            )
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = nn.LSTM(8, 6, batch_first=True), nn.GRU(6, 6, batch_first=True)
+        self.rnn, self.fc = nn.RNN(6, 6, batch_first=True, nonlinearity="relu"), nn.Linear(6, 3)
+        self.narrow = nn.LSTM(6, 6, batch_first=True, proj_size=2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.fc(self.gru(self.lstm(x)[0])[0])
-            return y
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.rnn(self.gru(self.lstm(x)[0])[0])[0]
+        return self.fc(y), self.narrow(y)[0]
 
-    graph = trace_module(Recurrent().eval(), (torch.randn(2, 5, 8),), {}).module.requires_grad_(False)
-    found = quantize_dynamic(graph, levels=INT8)
-    assert [(site.layer, site.bits) for site in found.sites] == [("lstm", 32), ("gru", 32), ("fc", 8)]
+
+def test_recurrent_layers_are_rounded_where_it_pays() -> None:
     x = torch.randn(2, 5, 8)
-    assert measure_db(graph(x)[0], found.module(x)[0]) > 35
+    graph = trace_module(Recurrent().eval(), (x,), {}).module.requires_grad_(False)
+    names = ["lstm", "gru", "rnn", "fc", "narrow"]
+    for smallest, bits in ((SMALLEST, [8, 32, 32, 8, 32]), (dict.fromkeys(SMALLEST, 6), [8, 8, 8, 8, 32])):
+        found = quantize_dynamic(graph, levels=INT8, smallest=smallest)
+        assert [(site.layer, site.bits) for site in found.sites] == list(zip(names, bits, strict=True))
+        assert all(measure_db(w, g) > 30 for w, g in zip(graph(x), found.module(x), strict=True))
+        held = {str(n.target) for n in found.module.graph.nodes if n.op == "get_attr"}
+        assert set(found.module.state_dict()) == held and "lstm.weight_ih_l0" not in held
+    kept = quantize_dynamic(graph, levels=INT8, exclude=["lstm", "fc"])
+    assert {site.bits for site in kept.sites} == {32}
+    with pytest.raises(UnknownName, match="gru"):
+        quantize_dynamic(graph, levels=INT8, exclude=["grue"])
+    assert {site.bits for site in quantize_weights(graph).sites if site.layer != "fc"} == {32}
+
+
+def test_gates_stand_where_the_exported_layer_has_them() -> None:
+    """Weights of one value for each gate: in another order, the cells would compute something else."""
+    for layer in (nn.LSTM(4, 3), nn.GRU(4, 3)):
+        for parameter in layer.parameters():
+            gates = parameter.shape[0] // 3
+            rows = torch.linspace(-1.0, 1.0, gates).repeat_interleave(3)
+            parameter.data = rows.view(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter).clone()
+        x = torch.randn(5, 2, 4)
+        graph = trace_module(layer.eval(), (x,), {}).module.requires_grad_(False)
+        found = quantize_dynamic(graph, levels=INT8, smallest=dict.fromkeys(SMALLEST, 1))
+        assert measure_db(graph(x)[0], found.module(x)[0]) > 30
 
 
 def test_bad_questions(net: GraphModule) -> None:

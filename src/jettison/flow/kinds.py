@@ -42,6 +42,7 @@ def apply_kind(
     weight_bits: int | None,
     group_size: int,
     exclude: Collection[str],
+    attention: bool = False,
 ) -> Quantized:
     """Return a flat graph in a kind other than "static"; raises what that kind's function raises."""
     if kind == "dynamic":
@@ -49,7 +50,9 @@ def apply_kind(
             raise InputError(
                 f"weight_bits={weight_bits} with kind='dynamic'. Its kernels take 8. Leave weight_bits out."
             )
-        return quantize_dynamic(module, levels=scheme.weight, exclude=exclude)
+        return quantize_dynamic(module, levels=scheme.weight, exclude=exclude, attention=attention)
+    if attention:
+        raise InputError(f"attention=True with kind={kind!r}, which has no integer products. Choose kind='dynamic'.")
     if kind == "weight-only":
         bits = 4 if weight_bits is None else weight_bits
         kernels = GROUP_KERNELS[target]

@@ -33,8 +33,9 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
     )
 }
 _BUILTINS |= {name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")}
-_NAMESPACES = ("aten", "torchvision")
-"""torchvision's operators (regions of interest, deformed convolutions) are there once it has been imported."""
+_NAMESPACES = ("aten", "torchvision", "quantized_decomposed")
+"""torchvision's operators (regions of interest, deformed convolutions) are there once it has been imported, those of
+int8 once `torch.ao.quantization.fx._decomposed` has."""
 
 
 def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, folder: Path) -> None:

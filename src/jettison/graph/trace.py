@@ -404,6 +404,8 @@ def _quiet_export() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
         # Raised with a stack level that points outside torch: caches a module makes in its first forward.
         warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
+        # Likewise: what torch.export makes of a recurrent layer once it has exported one (torch 2.13).
+        warnings.filterwarnings("ignore", message="_check_is_size", category=FutureWarning)
         logger.setLevel(logging.ERROR)
         try:
             yield

@@ -31,7 +31,7 @@ def narrow_activation(levels: Levels, bits: int) -> Levels:
 
 
 def check_bits(scheme: IntegerScheme, layers: Collection[str]) -> None:
-    """Raise UnknownName for a layer in `scheme.bits` that is none, InputError for bits outside 2 to 8."""
+    """Raise UnknownName for a layer in `scheme.bits` that is none, InputError for bits that the target cannot have."""
     for name, pair in scheme.bits.items():
         if name not in layers:
             raise UnknownName("layer with weights", name, layers)
@@ -41,12 +41,24 @@ def check_bits(scheme: IntegerScheme, layers: Collection[str]) -> None:
                 "Give two whole numbers from 2 to 8; a layer that shall stay float is excluded instead."
             )
         most = (1 + scheme.weight.q_max.bit_length(), (scheme.activation.q_max - scheme.activation.q_min).bit_length())
+        if pair[1] < 8:
+            refuse_coarse(scheme, f"bits={{{name!r}: {pair!r}}}")
         # A target of 7 bits takes 8 to mean its own most; a grid narrowed on purpose does not.
         if any(bits > limit and limit < 7 for bits, limit in zip(pair, most, strict=True)):
             raise InputError(
                 f"The bits of layer {name!r} are {pair!r}, more than the {most} that all layers were narrowed to. "
                 "Give the bits of every layer instead of narrowing all."
             )
+
+
+def refuse_coarse(scheme: IntegerScheme, asked: str) -> None:
+    """Raise InputError where a target's files would not keep activations of fewer than 8 bits."""
+    if not scheme.cuts:
+        raise InputError(
+            f"{asked} with target={scheme.target!r}: its files round activations to 8 bits whatever the network says, "
+            "and would compute something else. Give fewer bits to weights only, or choose onnxruntime, openvino or "
+            "inductor as the target."
+        )
 
 
 def read_weight_levels(scheme: IntegerScheme, layer: str) -> Levels:

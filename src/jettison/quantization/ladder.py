@@ -15,7 +15,7 @@ from jettison.core.errors import CalibrationError, InputError, UnknownName
 from jettison.quantization.adaround import apply_adaround
 from jettison.quantization.awq import scale_for_weights
 from jettison.quantization.bias_correction import correct_bias
-from jettison.quantization.bits import check_bits, describe_bits
+from jettison.quantization.bits import check_bits, describe_bits, refuse_coarse
 from jettison.quantization.convert import Quantized, convert, fold, list_sites, refuse_bad_input
 from jettison.quantization.equalise import equalise
 from jettison.quantization.fold import add_biases, find_layers
@@ -111,7 +111,8 @@ def prepare(
 def narrow(scheme: IntegerScheme, weight_bits: int | None, activation_bits: int | None) -> tuple[IntegerScheme, str]:
     """Return the scheme on a coarser grid, weights symmetric, and what must be said about it.
 
-    Raises InputError for weight bits outside 2 to 8, activation bits outside 4 to 8, or more than the scheme has.
+    Raises InputError for weight bits outside 2 to 8, activation bits outside 4 to 8, more than the scheme has, or fewer
+    bits of activations than the target's files keep.
     """
     parts = []
     for what, bits, lowest, levels in (
@@ -130,6 +131,7 @@ def narrow(scheme: IntegerScheme, weight_bits: int | None, activation_bits: int 
             half = 2 ** (bits - 1) - 1
             scheme = replace(scheme, weight=Levels(-half, half, True))
         else:
+            refuse_coarse(scheme, f"activation_bits={bits}")
             low = 0 if levels.q_min == 0 else -(2 ** (bits - 1))
             scheme = replace(scheme, activation=Levels(low, low + 2**bits - 1, levels.symmetric))
         parts.append(f"{bits}-bit {what}s")

@@ -18,6 +18,7 @@ from jettison.quantization.fold import (
     copy_graph,
     find_layers,
     find_weight,
+    name_layer,
     name_operator,
     read_attribute,
     set_buffer,
@@ -30,7 +31,7 @@ from jettison.targets.operators import GROUP_KERNELS, GroupKernels, expand_group
 
 LINEAR = frozenset({"aten.linear.default"})
 RECURRENT = frozenset({"aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"})
-"""Listed as float: their kernels for integers are other ones."""
+"""Listed beside the linear layers; only `kind="dynamic"` has integers for them."""
 GROUPS = (16, 32, 64, 128, 256)
 """Group sizes that the runtimes' kernels take."""
 SHARES = 32
@@ -104,6 +105,22 @@ def pick_layers(module: GraphModule, exclude: Collection[str]) -> dict[str, Node
     return {name: node for name, node in layers.items() if name not in exclude}
 
 
+def find_recurrent(module: GraphModule) -> dict[str, Node]:
+    """Return each call of a recurrent layer over whole sequences, by its module's name; "lstm@2" is a second call."""
+    found: dict[str, Node] = {}
+    for node in module.graph.nodes:
+        weights = node.args[2] if name_operator(node) in RECURRENT else ()
+        if (
+            isinstance(weights, (list, tuple))
+            and weights
+            and isinstance(weights[0], Node)
+            and weights[0].op == "get_attr"
+        ):
+            module_name = str(weights[0].target).rpartition(".")[0]
+            found[name_layer(module_name or name_operator(node).split(".")[1], found)] = node
+    return found
+
+
 def read_weight(module: GraphModule, node: Node) -> Tensor:
     """Return a weight as float32; raises NonFiniteError."""
     weight = read_attribute(module, str(node.target)).detach().float()
@@ -158,11 +175,7 @@ def list_kinds(module: GraphModule, layers: Collection[str], bits: int) -> tuple
     """Return all layers with weights, linear, recurrent and other, and the bits of their weights."""
     copied = copy_graph(module)
     unshare(copied, LINEAR)
-    names = {node: name for name, node in find_layers(copied, WEIGHTED).items()}
-    for node in copied.graph.nodes:
-        weights = [n for n in node.all_input_nodes if n.op == "get_attr"]
-        if name_operator(node) in RECURRENT and weights:
-            names[node] = str(weights[0].target).rpartition(".")[0]
+    names = {node: name for name, node in {**find_layers(copied, WEIGHTED), **find_recurrent(copied)}.items()}
     ordered = [names[node] for node in copied.graph.nodes if node in names]
     return tuple(Site(name, bits if name in layers else 32) for name in ordered)
 

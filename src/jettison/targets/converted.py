@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from jettison.core.errors import InputError
 from jettison.targets.integer import quantize_operator
 
 WEIGHTED = frozenset(
@@ -58,6 +59,41 @@ def spell_for_pt2e(module: GraphModule, *, weights_as_pairs: bool) -> GraphModul
     result.graph.eliminate_dead_code()
     result.recompile()
     return result
+
+
+def find_coarse(module: GraphModule) -> list[Node]:
+    """Return the roundings of activations to a grid coarser than their type's: fewer than 8 bits."""
+    found = []
+    for node in module.graph.nodes:
+        if node.target in (quantize_operator(), torch.ops.quantized_decomposed.quantize_per_tensor.default):
+            ends = torch.iinfo(node.args[5])
+            if node.args[3:5] != (ends.min, ends.max):
+                found.append(node)
+    return found
+
+
+def refuse_coarse(module: GraphModule, runtime: str) -> None:
+    """Raise InputError where activations have fewer than 8 bits: the runtime's converter reads their type only."""
+    if coarse := find_coarse(module):
+        low, high = coarse[0].args[3:5]
+        raise InputError(
+            f"{len(coarse)} activations are rounded to {low} to {high}, first {coarse[0].args[0]}. "
+            f"A file for {runtime} would round them to the whole 8 bits and compute something else. Quantize "
+            "activations to 8 bits (weights may have fewer), or export for onnxruntime, openvino or inductor."
+        )
+
+
+def cut_before_rounding(module: GraphModule) -> None:
+    """Write a rounding to a coarser grid as a clamp and one to the whole type, in place: the numbers are the same."""
+    for node in find_coarse(module):
+        source, scale, zero_point, low, high, kind = cast(tuple[Node, float, int, int, int, torch.dtype], node.args)
+        ends = torch.iinfo(kind)
+        with module.graph.inserting_before(node):
+            cut = module.graph.call_function(
+                torch.ops.aten.clamp.default, (source, (low - zero_point) * scale, (high - zero_point) * scale)
+            )
+        node.args = (cut, scale, zero_point, ends.min, ends.max, kind)
+    module.recompile()
 
 
 def _respell_constant(module: GraphModule, node: Node, as_pair: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jettison.core.errors import CheckpointError
 from jettison.core.record import TimeShare
 from jettison.targets import graph_file
 from jettison.targets.audit import Operator, check_precision, rank_times, tell_integers
@@ -60,7 +61,11 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
     ours, UnknownName for a precision this target has not.
     """
     check_precision(precision, PRECISIONS)
+    from jettison.targets.converted import is_converted
+
     found = graph_file.open_graph(path)
+    if is_converted(found.module):
+        raise CheckpointError(f"{path} is on integers, which this target does not run. Load it with target='inductor'.")
     module = prepare(found.module, precision)
     return Session(module, threads, found.input_names, found.input_shapes, found.output_names)
 

@@ -72,6 +72,7 @@ def scheme() -> IntegerScheme:
         shared=frozenset({"aten.cat.default"}),
         inherited=MOVES,
         why="XNNPACK's QS8 and QC8 kernels; sums of s8 x s8 products are exact",
+        cuts=False,
     )
 
 
@@ -86,12 +87,13 @@ def export(
 ) -> None:
     """Write a float or converted graph as one .pte file, whole or not at all, as much of it as possible for XNNPACK.
 
-    A free batch is free up to `MOST`. Raises ExportError with the lowering's own words, TargetMissing, StorageError.
+    A free batch is free up to `MOST`. Raises ExportError with the lowering's own words, InputError for activations of
+    fewer than 8 bits, TargetMissing, StorageError.
     """
     reason = why_missing()
     if reason:
         raise TargetMissing(f"ExecuTorch cannot be used on this machine. {reason}")
-    from jettison.targets.converted import list_fingerprints, spell_for_pt2e
+    from jettison.targets.converted import list_fingerprints, refuse_coarse, spell_for_pt2e
 
     shapes = [[None if dynamic_batch else x.shape[0], *x.shape[1:]] for x in inputs]
     about = {
@@ -99,6 +101,7 @@ def export(
         "outputs": list(output_names),
         "layers": list_fingerprints(module),
     }
+    refuse_coarse(module, LABEL)
     spelled = spell_for_pt2e(module, weights_as_pairs=False)
     with _quiet():
         try:

@@ -1,4 +1,4 @@
-"""A float graph as one file for the targets that run in PyTorch itself: the saved graph, packed, with its names."""
+"""A graph as one file for the targets that run in PyTorch itself: the saved graph, packed, with its names."""
 
 from __future__ import annotations
 
@@ -45,12 +45,9 @@ def export(
 ) -> None:
     """Write a float graph as a packed folder of JSON and safetensors, whole or not at all; no code is stored.
 
-    Raises ExportError for a converted graph (PyTorch's own integer kernels were slower than float wherever measured)
-    and for what the graph's store refuses, StorageError where the file cannot be written.
+    Raises ExportError for a converted graph (operator by operator, PyTorch would compute it in float) and for what the
+    graph's store refuses, StorageError where the file cannot be written.
     """
-    from torch.utils import _pytree as pytree
-
-    from jettison.graph.store import save_graph
     from jettison.targets.converted import is_converted
 
     if is_converted(module):
@@ -58,6 +55,23 @@ def export(
             "A network on integers cannot be written for PyTorch itself. Its CPU kernels would not run it on integers. "
             "Export the float network, or choose a target that has int8."
         )
+    write(module, inputs, path, input_names=input_names, output_names=output_names, dynamic_batch=dynamic_batch)
+
+
+def write(
+    module: GraphModule,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    dynamic_batch: bool,
+) -> None:
+    """Write a graph, float or spelled for PT2E, as `export` does; raises what it raises, but for integers."""
+    from torch.utils import _pytree as pytree
+
+    from jettison.graph.store import save_graph
+
     about = {
         "inputs": [
             {"name": name, "shape": [None if dynamic_batch else x.shape[0], *x.shape[1:]]}
@@ -79,7 +93,9 @@ def export(
 
 
 def open_graph(path: Path) -> GraphFile:
-    """Read what `export` wrote; raises CheckpointError where the file is cut, changed or something else."""
+    """Read what `write` wrote; raises CheckpointError where the file is cut, changed or something else."""
+    import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers the operators of int8
+
     from jettison.graph.store import load_graph
 
     try:

@@ -53,7 +53,8 @@ class IntegerScheme:
     range, `shared` (concatenation) one range for all inputs and the output, `inherited` the range of their input.
     `summed` are weighted operators whose kernel adds another tensor before it rounds: where an addition is their only
     reader, they have no range of their own. All operator names are like "aten.conv2d.default". `bits` gives single
-    layers, by name, fewer bits than the target's own: those of the weight and those of the tensor it multiplies.
+    layers, by name, fewer bits than the target's own: those of the weight and those of the tensor it multiplies. `cuts`
+    says if the target's files keep a grid of activations that is coarser than 8 bits; where they do not, there is none.
     """
 
     target: str
@@ -68,6 +69,7 @@ class IntegerScheme:
     why: str
     bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     summed: frozenset[str] = frozenset()
+    cuts: bool = True
 
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:

@@ -67,6 +67,7 @@ def scheme() -> IntegerScheme:
         shared=frozenset({"aten.cat.default"}),
         inherited=MOVES,
         why="LiteRT's int8 specification; sums of s8 x s8 products are exact",
+        cuts=False,
     )
 
 
@@ -82,16 +83,18 @@ def export(
     """Write a float or converted graph as one .tflite file that takes and gives float32, whole or not at all.
 
     Where the batch is free the file takes one row, and `predict` goes row by row; else it takes the batch of `inputs`.
-    Raises ExportError with the converter's own words, TargetMissing, StorageError.
+    Raises ExportError with the converter's own words, InputError for activations of fewer than 8 bits, TargetMissing,
+    StorageError.
     """
     reason = why_missing()
     if reason:
         raise TargetMissing(f"LiteRT cannot be used on this machine. {reason}")
-    from jettison.targets.converted import is_converted, list_fingerprints, spell_for_pt2e
+    from jettison.targets.converted import is_converted, list_fingerprints, refuse_coarse, spell_for_pt2e
     from jettison.targets.tflite_file import finish
 
     if dynamic_batch:
         inputs = tuple(x[:1] for x in inputs)
+    refuse_coarse(module, LABEL)
     spelled = spell_for_pt2e(module, weights_as_pairs=True)
     with _quiet():
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
+from jettison.targets import onnx_recurrent
 from jettison.targets.integer import quantize_operator
 from jettison.targets.onnx_floats import keep_floats
 from jettison.targets.onnx_kinds import (
@@ -58,6 +59,7 @@ def export(
     _name_nodes(proto)
     _strip(proto)
     _own_zero_points(proto.graph)
+    onnx_recurrent.expand_steps(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -91,7 +93,11 @@ def _convert(
                 input_names=list(input_names),
                 output_names=list(output_names),
                 dynamic_shapes=shapes,
-                custom_translation_table={quantize_operator(): _translate_quantize(), **make_translations()},
+                custom_translation_table={
+                    quantize_operator(): _translate_quantize(),
+                    **make_translations(),
+                    **onnx_recurrent.make_translations(),
+                },
                 verbose=False,
                 optimize=True,
             )
@@ -147,6 +153,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         for category in (DeprecationWarning, FutureWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)")
+        # Raised from generated code, for the loops that torch.export makes of recurrent layers (torch 2.13).
+        warnings.filterwarnings("ignore", message="_check_is_size", category=FutureWarning)
         # In a flat graph training or not is written into each operator; the module's flag says nothing.
         warnings.filterwarnings("ignore", message="Exporting a model while it is in training mode")
         try:
@@ -169,6 +177,7 @@ def _name_batch(proto: onnx.ModelProto) -> None:
 
 SEE_THROUGH = ("DequantizeLinear", "QuantizeLinear", "Transpose", "Cast")
 WITH_WEIGHT = ("Conv", "Gemm", "MatMul", "ConvTranspose")
+RECURRENT = ("DynamicQuantizeLSTM", onnx_recurrent.STEPS)
 BELONGING = ("Relu", "Clip", "LeakyRelu", "Add", "BatchNormalization")
 
 
@@ -195,12 +204,15 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
         sources = [_trace_back(value, producers) for value in node.input]
         if node.op_type in WITH_WEIGHT and sources[1] in constants and sources[1].endswith(".weight"):
             name = sources[1].removesuffix(".weight")
+        elif node.op_type in RECURRENT and any(source in constants for source in sources[1:3]):
+            # "lstm.int8_ih_l0" gives "lstm.ih_l0", "gru.int8_hh_l0_reverse" gives "gru.hh_l0_reverse".
+            name = next(s for s in sources[1:3] if s in constants).replace(".int8_", ".")
         elif node.op_type in BELONGING:
             layers = [named[id(producers[s])] for s in sources if s in producers and id(producers[s]) in named]
             name = f"{layers[0]}.{node.op_type.lower()}" if layers else name
         if name in named.values() or name in kept:
             name = f"{name}_{index}"
-        if node.op_type in (*WITH_WEIGHT, *BELONGING):
+        if node.op_type in (*WITH_WEIGHT, *RECURRENT, *BELONGING):
             named[id(node)] = name
         node.name = name
         for place, output in enumerate(node.output):
@@ -257,7 +269,7 @@ def _strip(proto: onnx.ModelProto) -> None:
     same: dict[bytes, str] = {}
     renamed: dict[str, str] = {}
     for constant in graph.initializer:
-        if constant.name.endswith((".weight", ".bias")):
+        if constant.name.endswith((".weight", ".bias")) or onnx_recurrent.find_layer(constant.name):
             continue
         name = constant.name
         constant.ClearField("name")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from jettison.targets.operators import dynamic_operator, groups_operator
+from jettison.targets.operators import dynamic_operator, groups_operator, product_operator
 
 if TYPE_CHECKING:
     import onnx
@@ -18,7 +18,11 @@ GROUPS_OPSET = 21
 
 def make_translations() -> dict[Any, Callable[..., Any]]:
     """Return the ONNX form of each operator in `targets.operators`."""
-    return {groups_operator(): _translate_groups(), dynamic_operator(): _translate_dynamic()}
+    return {
+        groups_operator(): _translate_groups(),
+        dynamic_operator(): _translate_dynamic(),
+        product_operator(): _translate_product(),
+    }
 
 
 def read_bits(module: GraphModule) -> dict[str, int]:
@@ -60,6 +64,20 @@ def _translate_dynamic() -> Callable[..., Any]:
         return y if bias is None else op.Add(y, bias)
 
     return linear
+
+
+def _translate_product() -> Callable[..., Any]:
+    """Both sides are rounded where they stand; ONNX Runtime fuses what comes after the product into it."""
+    import onnxscript
+
+    def product(a: Any, b: Any) -> Any:
+        op: Any = onnxscript.opset18
+        left, left_step, left_zero = op.DynamicQuantizeLinear(a)
+        right, right_step, right_zero = op.DynamicQuantizeLinear(b)
+        summed = op.Cast(op.MatMulInteger(left, right, left_zero, right_zero), to=1)
+        return op.Mul(summed, op.Mul(left_step, right_step))
+
+    return product
 
 
 def pack_constants(proto: onnx.ModelProto, bits: Mapping[str, int]) -> None:

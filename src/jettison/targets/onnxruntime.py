@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.core.errors import CheckpointError, TargetMissing
 from jettison.core.record import TimeShare
+from jettison.targets import onnx_recurrent
 from jettison.targets.audit import Operator, check_precision, name_product, tell_integers
 from jettison.targets.feeding import predict as predict
 from jettison.targets.integer import CLAMPS, LAYERS, MOVES, IntegerScheme, Levels
@@ -263,6 +264,12 @@ def _time_nodes(session: Any, arrays: Sequence[np.ndarray[Any, Any]], runs: int)
 def _tell_precision(node: Any, kind: str) -> str:
     if node.op_type in ROUNDING:
         return "rounding"
+    body = onnx_recurrent.read_body(node)
+    if body is not None:
+        products = {inner.op_type for inner in body.node} & {*INTEGER_OPERATORS, *PRODUCTS, "FusedMatMul"}
+        return (
+            "int8" if products and products <= INTEGER_OPERATORS else TYPES.get(kind, "fp32" if not kind else "other")
+        )
     if node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear"):
         return "int8"
     return TYPES.get(kind, "fp32" if not kind else "other")
@@ -274,11 +281,13 @@ def _list_covered(node: Any, producers: Mapping[str, Any]) -> tuple[str, ...]:
     if node.op_type.removeprefix("Fused") in PRODUCTS:
         # A product is named after the last of what it has taken in: "conv.relu", "matmul/MatMulScaleFusion/".
         names.append(name_product(names[0]))
-    for name in node.input:
+    body = onnx_recurrent.read_body(node)
+    for name in (*node.input, *(i.name for i in (body.initializer if body is not None else ()))):
         while name in producers and producers[name].op_type in ("DequantizeLinear", "Transpose", "Cast"):
             name = producers[name].input[0]
         if name not in producers:
             names.append(name.removesuffix("_nchwc"))
+    names += dict.fromkeys(layer for layer in map(onnx_recurrent.find_layer, names) if layer)
     return tuple(names)
 
 

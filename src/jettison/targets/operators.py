@@ -125,6 +125,22 @@ def dynamic_operator() -> Any:
     return torch.ops.jettison.linear_dynamic.default
 
 
+@functools.cache
+def product_operator() -> Any:
+    """Return `jettison::matmul_dynamic(a, b)`: a product of two activations, each with one range."""
+    import torch
+
+    def round_whole(x: Tensor) -> Tensor:
+        return fake_quantize(x, *choose_dynamic(x), Levels(0, 255, False))
+
+    torch.library.define("jettison::matmul_dynamic", "(Tensor a, Tensor b) -> Tensor")
+    torch.library.impl(
+        "jettison::matmul_dynamic", "CompositeExplicitAutograd", lambda a, b: round_whole(a) @ round_whole(b)
+    )
+    torch.library.register_fake("jettison::matmul_dynamic", lambda a, b: torch.matmul(a, b))
+    return torch.ops.jettison.matmul_dynamic.default
+
+
 def _define(name: str, arguments: str, compute: Any) -> None:
     import torch
 
