@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,6 +52,16 @@ class Quantized:
     sites: tuple[Site, ...]
     note: str = ""
     """What must be said with the result: that no kernel here runs these bits, for one."""
+
+    def save(self, folder: Path | str) -> Path:
+        """Write structure, integers, scales and zero points into `folder`; `load_quantized` gives them back.
+
+        Two files, `quantized.json` and `quantized.safetensors`, no pickle; returns the folder. Raises ExportError for
+        a graph that cannot be written as data, StorageError where a file cannot be written.
+        """
+        from jettison.quantization.storing import save_quantized
+
+        return save_quantized(self, Path(folder))
 
 
 def convert(
