@@ -78,7 +78,7 @@ def _describe_layouts(module: nn.Module) -> dict[str, Any]:
     """Return the strides of tensors that lie in memory in another order: kernels sum, and round, in that order."""
     found = {}
     for name, tensor in _named_tensors(module).items():
-        order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+        order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
         if not tensor.is_contiguous() and tensor.permute(order).is_contiguous():
             found[name] = list(tensor.stride())
     return {"strides": found} if found else {}
@@ -147,9 +147,9 @@ def restore_graph(
         raise CheckpointError(f"{path} is not a graph of format {FORMAT!r}. Give the folder that `save` wrote.")
     try:
         module = _build_module(data, tensors)
-        for key in ("in_spec", "out_spec"):
-            _check_spec(data[key])
-        specs = [pytree.treespec_loads(json.dumps(data[key])) for key in ("in_spec", "out_spec")]
+        specs = [_load_spec(data[key], path) for key in ("in_spec", "out_spec")]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{path} does not describe a graph: {error!r}. Compute or copy it anew.") from error
     return module, specs[0], specs[1]
@@ -222,6 +222,17 @@ def _check_spec(spec: Any) -> None:
     """Refuse containers whose description makes torch import modules by name."""
     if "defaultdict" in json.dumps(spec):
         raise TypeError("inputs and outputs cannot be nested in a defaultdict")
+
+
+def _load_spec(spec: Any, path: Path) -> pytree.TreeSpec:
+    _check_spec(spec)
+    try:
+        return pytree.treespec_loads(json.dumps(spec))
+    except NotImplementedError as error:  # a class of a library's own, which registers it when it is imported
+        raise CheckpointError(
+            f"{path} nests inputs or outputs in a class that nobody has registered: {error} "
+            "Import the library that defines it (for Hugging Face, transformers.modeling_outputs) first."
+        ) from error
 
 
 def build_tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:

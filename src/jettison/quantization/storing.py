@@ -96,7 +96,7 @@ def _read_head(path: Path) -> QuantizedFile:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}. Give a folder that `Quantized.save`, or a `compress` that quantizes, wrote."
+            f"{path} cannot be read: {error}. Give a folder that `Quantized.save` or a quantizing `compress` wrote."
         ) from error
     written = data.get("format") if isinstance(data, dict) else None
     if written != FORMAT:
@@ -129,4 +129,3 @@ def _read_specs(module: GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
     results = next(node for node in module.graph.nodes if node.op == "output").args[0]
     leaves = pytree.tree_leaves(results)
     return pytree.tree_structure(((0,) * places, {})), pytree.tree_structure((0,) * len(leaves))
-
