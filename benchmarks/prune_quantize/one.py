@@ -33,6 +33,8 @@ from jettison.testing.oracles import has_same_bits
 TARGET = "onnxruntime"
 BATCHES = 3
 """Batches to calibrate with; the example is the first."""
+WRONG = ("simulated = runtime", "reload")
+"""Stages that compare."""
 Inputs = tuple[Tensor, ...] | dict[str, Tensor]
 
 
@@ -46,6 +48,7 @@ def run(case: Case) -> dict[str, Any]:
         row["stage"] = ""
     except Exception as error:  # noqa: BLE001 - whatever goes wrong is this model's row
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        row["outcome"] = "wrong" if row["stage"] in WRONG else "exception"
         row["trace"] = traceback.format_exc(limit=-6)
     row["processor_s"] = round(time.process_time() - start, 1)
     row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -73,6 +76,11 @@ def _run_stages(case: Case, row: dict[str, Any], folder: Path) -> None:
     session = runtime.load(path, threads=1)
     given = runtime.predict(session, order(inputs, session.input_names))
     row |= compare(simulated, list(given), original)
+    row["stage"] = "simulated = runtime"
+    if row["runtime_db"] <= row["float_db"]:
+        raise AssertionError(
+            f"{row['runtime_db']} dB from simulation to runtime, {row['float_db']} dB from float to it"
+        )
     row["stage"] = "audit"
     audit = jt.audit(path, target=TARGET, inputs=inputs, runs=3)
     row["integer_share"] = None if audit.integer_share is None else round(audit.integer_share, 4)
