@@ -87,7 +87,7 @@ def _run_stages(case: Case, row: dict[str, Any], folder: Path) -> None:
     row["left_in_float"] = " ".join(f"{k.layer}:{k.kernel}" for k in audit.left_in_float[:4])
     row["stage"] = "reload"
     quantized.save(folder)
-    _reload(case, inputs, simulated, folder)
+    _reload(case, inputs, simulated, folder, type(call(small, inputs)).__module__)
     row["reload"] = "bit-equal"
     row["file"] = _compare_files(path, folder / "again.onnx", inputs)
 
@@ -175,11 +175,11 @@ def _decibels(wanted: Tensor, given: Tensor) -> float:
     return 10 * float(torch.log10(wanted.square().sum() / noise)) if noise else float("inf")
 
 
-def _reload(case: Case, inputs: Inputs, simulated: list[Tensor], folder: Path) -> None:
-    """Load in a fresh process and compare what it gives, bit for bit."""
+def _reload(case: Case, inputs: Inputs, simulated: list[Tensor], folder: Path, defined: str) -> None:
+    """Load in a fresh process and compare what it gives, bit for bit; `defined` is the module of the outputs' class."""
     save_file(split_inputs(inputs), folder / "inputs.safetensors")
-    needed = ["transformers.modeling_outputs"] if case.collection == "transformers" else []
-    needed += ["torchvision"] if case.collection == "detection" else []
+    needed = [] if defined == "builtins" else [defined]
+    needed += ["torchvision"] if case.collection == "detection" else []  # its operators
     command = [sys.executable, "-m", "benchmarks.prune_quantize.again", str(folder), *needed]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

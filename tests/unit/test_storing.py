@@ -156,11 +156,11 @@ def test_a_flat_graph_is_saved_too() -> None:
 class TestPlanted:
     """The check of a reload notices what it is there for."""
 
-    def test_integers_of_one_output(self, quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_integer(self, quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(folder: Path) -> Quantized:
             found = storing.load_quantized(folder)
             weight = found.module.get_buffer("head.weight")
-            weight[0] += torch.where(weight[0] < 0, 1, -1).to(torch.int8)
+            weight[0, 0] += 1 if weight[0, 0] < 0 else -1
             return found
 
         assert check_quantized_round_trip(quantized, draw()).passed
@@ -281,6 +281,14 @@ def test_a_forged_file_runs_nothing(saved: Path, target: str) -> None:
     _edit(saved, change)
     _sign(saved)
     with pytest.raises(CheckpointError, match="does not describe a graph"):
+        jt.load_quantized(saved)
+
+
+@pytest.mark.parametrize("change", [{"name": "y"}, {"dtype": "load"}, {"shape": [-1, 3]}, {"shape": [1, 3, 6, 6]}])
+def test_forged_sizes(saved: Path, change: dict[str, Any]) -> None:
+    _edit(saved, lambda data: data["inputs"][0].update(change))
+    _sign(saved)
+    with pytest.raises(CheckpointError, match="do not fit"):
         jt.load_quantized(saved)
 
 

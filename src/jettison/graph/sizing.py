@@ -44,11 +44,14 @@ def make_sizes(module: fx.GraphModule, inputs: Sequence[Size]) -> None:
     """Note at every node what it gives, as the tracer would, in place; tensors hold no numbers.
 
     What follows from values alone (how many boxes are left) has no size without them: such a node, and those that
-    read it, get no note.
+    read it, get no note. Raises ValueError where the inputs are not the graph's.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+    places = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"]
+    if [size.name for size in inputs] != places or not all(_is_sound(size) for size in inputs):
+        raise ValueError(f"its inputs are {', '.join(places)}, and those that were saved do not fit")
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = []
     for size in inputs:
@@ -72,3 +75,10 @@ def make_sizes(module: fx.GraphModule, inputs: Sequence[Size]) -> None:
                     values[node] = evaluate_node(node, values)
     for node, value in values.items():
         node.meta["val"] = value
+
+
+def _is_sound(size: Size) -> bool:
+    """Tell whether a size read from a file is one: a type of torch's, no negative number, two or more where free."""
+    if size.free and (not size.shape or size.shape[0] < 2):
+        return False  # torch takes a dimension of one for fixed
+    return all(n >= 0 for n in size.shape) and isinstance(getattr(torch, size.dtype, None), torch.dtype)

@@ -231,7 +231,7 @@ def _load_spec(spec: Any, path: Path) -> pytree.TreeSpec:
     except NotImplementedError as error:  # a class of a library's own, which registers it when it is imported
         raise CheckpointError(
             f"{path} nests inputs or outputs in a class that nobody has registered: {error} "
-            "Import the library that defines it (for Hugging Face, transformers.modeling_outputs) first."
+            "Import the module that defines it first."
         ) from error
 
 

@@ -29,6 +29,7 @@ from jettison.quantization.fold import (
     set_buffer,
     unshare,
 )
+from jettison.quantization.products import write_linear
 from jettison.quantization.ranges import Ranger, choose_weight_scale
 from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_operator
 
@@ -104,8 +105,13 @@ def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerSchem
 
 
 def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
-    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients."""
+    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients.
+
+    Products with a stored matrix become linear layers.
+    """
     folded = copy_graph(module)
+    if "aten.linear.default" in weighted:
+        write_linear(folded)
     unshare(folded, weighted)
     fold_batch_norm(folded)
     keep_picture_axes(folded)

@@ -78,7 +78,12 @@ def load_quantized(folder: Path | str) -> Quantized:
     register_operators()
     module, in_spec, out_spec = restore_graph(found.graph, read_tensors(folder / TENSORS), path)
     nested = nest(module.requires_grad_(False), in_spec, out_spec).eval()
-    make_sizes(nested, found.inputs)
+    try:
+        make_sizes(nested, found.inputs)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} holds no quantized network: {error}. Copy it anew, or quantize again."
+        ) from error
     return Quantized(nested, found.sites, found.note)
 
 
