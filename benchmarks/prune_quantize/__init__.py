@@ -1,5 +1,4 @@
 """Pruned, then quantized, in one flow: a sample of the zoo, each saved, reloaded in a fresh process and compared.
 
-`python -m benchmarks.prune_quantize` runs the sample, `.one` one model, `.again` is the fresh process, `.table` writes
-the page.
+`python -m benchmarks.prune_quantize` runs the sample, `.one` is one model, `.table` writes the page.
 """
