@@ -5,7 +5,7 @@ BIN := .venv/bin
 # torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo demo-lite0 data test test-targets quick check lint format bench bench-quantization coverage coverage-peers coverage-speed docs clean
+.PHONY: help demo demo-lite0 data test test-targets quick check lint format bench bench-quantization coverage coverage-peers coverage-speed prune-quantize docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,10 @@ coverage: .venv-coverage/.installed  ## prune every model family of timm, torchv
 
 coverage-peers: .venv-peers/.installed  ## the same models with torch-pruning and torch-kirigami (hours)
 	for library in torch-pruning torch-pruning-heads torch-kirigami; do .venv-peers/bin/python -m benchmarks.coverage --library $$library; done
+
+prune-quantize: .venv-coverage/.installed  ## prune, then quantize a sample of the zoo, save, reload, compare (an hour; rows already there are kept)
+	.venv-coverage/bin/python -m benchmarks.prune_quantize
+	.venv-coverage/bin/python -m benchmarks.prune_quantize.table
 
 coverage-speed: .venv-peers/.installed  ## how the analysis grows, and ResNet-50 beside torch-pruning
 	.venv-peers/bin/python -m benchmarks.analysis_speed

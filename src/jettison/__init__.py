@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jettison.flow.stages import apply, export, measure, plan, profile, quantize, recover, sensitivity, verify
     from jettison.graph.depth import find_blocks
     from jettison.graph.groups import Graph, trace
+    from jettison.quantization.storing import load_quantized
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ _HOMES = {
     "export": "flow.stages",
     "find_blocks": "graph.depth",
     "load": "flow.delivering",
+    "load_quantized": "quantization.storing",
     "measure": "flow.stages",
     "plan": "flow.stages",
     "profile": "flow.stages",
@@ -81,6 +83,7 @@ __all__ = [
     "export",
     "find_blocks",
     "load",
+    "load_quantized",
     "measure",
     "plan",
     "profile",

@@ -83,6 +83,16 @@ def test_files_and_round_trip(finished: jt.Result, tmp_path: Path) -> None:
     assert (finished.folder / "model.onnx").stat().st_size > 0
 
 
+def test_the_network_on_integers_comes_back(finished: jt.Result, tmp_path: Path) -> None:
+    """From the run's folder and from a saved one: as many layers, and the very file that was exported."""
+    example = torch.zeros([2, *split_digits()[0].shape[1:]])
+    for folder in (finished.folder, finished.save(tmp_path / "saved")):
+        found = jt.load_quantized(folder)
+        assert found.sites and all(site.bits < 32 for site in found.sites)
+        again = jt.export(found.module, example, tmp_path / "again.onnx")
+        assert again.read_bytes() == finished.artifact.read_bytes()
+
+
 def test_the_artefact_runs_without_torch(finished: jt.Result, tmp_path: Path) -> None:
     example = finished.record.load_example
     script = (

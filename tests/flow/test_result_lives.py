@@ -17,7 +17,7 @@ from jettison.core.errors import FixedSize
 from jettison.flow.delivering import Delivered, deliver_kept, load, save_module
 from jettison.graph.groups import Graph, trace
 from jettison.graph.rewrite import prune_graph
-from jettison.testing import MODELS, build_model, draw_kept, randomise
+from jettison.testing import MODELS, build_model, check_quantized_round_trip, draw_kept, randomise
 
 
 class Literal(nn.Module):
@@ -184,6 +184,16 @@ def test_saved_and_loaded_it_is_the_same(life: Life, tmp_path: Path) -> None:
         assert_same(again(*inputs), delivered.module(*inputs))
         # Two ways to the same numbers, through other kernels.
         assert_same(load(tmp_path)(*inputs), delivered.module(*inputs), tolerance=1e-4)
+
+
+@pytest.mark.slow
+def test_it_is_quantized_and_reloaded(life: Life, tmp_path: Path) -> None:
+    """What pruning gives goes into `quantize` as it is, and comes back from disk bit for bit."""
+    _, delivered, inputs, _, _ = life
+    found = jt.quantize(delivered.module, [inputs])
+    assert any(site.bits < 32 for site in found.sites)
+    check = check_quantized_round_trip(found, inputs, tmp_path)
+    assert check.passed, check
 
 
 @pytest.fixture(scope="module")

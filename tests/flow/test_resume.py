@@ -43,13 +43,17 @@ STAGES = (
     "model.safetensors",
     "module.safetensors",
     "module.json",
+    "quantized.safetensors",
+    "quantized.json",
     "record.json",
     "report.html",
 )
 """The files of a run in the order they are written."""
 ALWAYS = {"model.json", "model.safetensors", "module.safetensors", "module.json", "record.json", "report.html"}
+ALWAYS |= {"quantized.json", "quantized.safetensors"}
 """What is written each time, from what the stages left."""
 SAME = ("plan.json", "sensitivity.json", "model.onnx", "model.json", "model.safetensors", "module.json")
+SAME += ("quantized.json", "quantized.safetensors")
 """What may not depend on kills or clocks."""
 
 

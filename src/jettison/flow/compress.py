@@ -37,22 +37,19 @@ from jettison.flow.run import Run, export_file, nest_predict
 from jettison.flow.schemes import find_scheme
 from jettison.graph.expressible import explain_whole, find_inexpressible
 from jettison.graph.groups import Graph, trace
+from jettison.graph.trace import nest
 from jettison.progress import show_progress
 from jettison.pruning.choice import read_widths
 from jettison.pruning.criteria import find_criterion
 from jettison.quantization import Quantized, quantize
+from jettison.quantization.storing import FILES as QUANTIZED_FILES
 from jettison.report.html import write_html
 from jettison.targets import find_target
 
 DELIVERABLES = (
-    "model.json",
-    "model.safetensors",
-    "module.json",
-    "module.safetensors",
-    "plan.json",
-    "record.json",
-    "report.html",
-)
+    "model.json", "model.safetensors", "module.json", "module.safetensors",
+    *QUANTIZED_FILES, "plan.json", "record.json", "report.html",
+)  # fmt: skip
 """What `Result.save` copies beside the file to deploy; a run folder also holds the stages' own files."""
 
 
@@ -61,7 +58,8 @@ class Result:
     """A compressed network: the module, the deployable file, what was decided and what was measured.
 
     `model` has the caller's own class where its source allows that, else it is a graph module (the record's notes
-    say why). Both are ordinary modules in eval mode.
+    say why). Both are ordinary modules in eval mode. The network on integers, whose outputs are those of `artifact`,
+    is `load_quantized(result.folder)`.
     """
 
     model: nn.Module
@@ -82,11 +80,13 @@ class Result:
         return self.plan.front
 
     def save(self, folder: Path | str) -> Path:
-        """Copy everything needed later into `folder` and return it; `load` reads it in a fresh process."""
+        """Copy everything needed later into `folder` and return it; `load` and `load_quantized` read it anywhere."""
         folder, names = Path(folder), (self.artifact.name, *DELIVERABLES)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name in names:
+                if name in QUANTIZED_FILES and not (self.folder / name).exists():
+                    continue  # the recipe did not quantize
                 partial = folder / f".{name}.partial"
                 shutil.copyfile(self.folder / name, partial)
                 partial.replace(folder / name)
@@ -189,6 +189,9 @@ def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, comman
     checks = run.folder.do_json("checks", Checks, lambda: Checks(run_checks(run, plan, final, simulated)))
     delivered = deliver(model, run.graph, plan, final, result="auto" if kind == "eager" else kind)
     save_module(delivered, run.graph, final, path)
+    if quantized is not None:
+        traced = run.graph.traced
+        replace(quantized, module=nest(quantized.module, traced.in_spec, traced.out_spec)).save(path)
     record = build_record(run, plan, sensitivity, final, quantized, measured, checks.checks, name, command)
     if delivered.note:
         record = replace(record, notes=(*record.notes, delivered.note))

@@ -13,7 +13,7 @@ def find_scheme(target: str) -> IntegerScheme:
     if "int8" not in runtime.PRECISIONS:
         raise InputError(
             f"target={target!r} computes in {', '.join(runtime.PRECISIONS)} and has no integer kernels. "
-            "Nothing quantized would run there. Choose 'onnxruntime', 'openvino', 'executorch', 'litert' or 'inductor'; "
+            "Nothing quantized would run there. Choose 'onnxruntime', 'openvino', 'executorch', 'litert', 'inductor'; "
             "or compress without integers: recipe=Recipe(quantize=False)."
         )
     scheme: IntegerScheme = runtime.scheme()

@@ -1,7 +1,7 @@
 """A flat graph as JSON and its tensors as safetensors: readable, diffable, and loaded without running any code.
 
-The JSON names ATen operators and plain arguments only; loading resolves names in `torch.ops.aten` (and a few
-integer operators) and nothing else, so a file from elsewhere cannot make anything run but tensor operators.
+The JSON names tensor operators and plain arguments only; loading resolves names in `torch.ops.aten` (and a few other
+namespaces of tensor operators) and nothing else, so a file from elsewhere cannot make anything else run.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ _BUILTINS: dict[str, Callable[..., Any]] = {
     )
 }
 _BUILTINS |= {name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_int", "sym_float")}
-_NAMESPACES = ("aten", "torchvision", "quantized_decomposed")
-"""torchvision's operators (regions of interest, deformed convolutions) are there once it has been imported, those of
-int8 once `torch.ao.quantization.fx._decomposed` has."""
+_NAMESPACES = ("aten", "torchvision", "quantized_decomposed", "jettison")
+"""Whoever loads must have made torch know the others: torchvision's operators (regions of interest, deformed
+convolutions) are there once it has been imported, those on integers after `quantization.storing.register_operators`."""
 
 
 def save_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, folder: Path) -> None:
     """Write `model.json` and `model.safetensors` into `folder`, each whole or not at all.
 
-    Raises ExportError for an operator outside `aten`, StorageError where a file cannot be written.
+    Raises ExportError for an operator that cannot be named as data, StorageError where a file cannot be written.
     """
     write_json_graph(module, in_spec, out_spec, folder / "model.json")
     save_tensors(module, folder / "model.safetensors")
@@ -69,8 +69,19 @@ def describe_graph(module: fx.GraphModule, in_spec: pytree.TreeSpec, out_spec: p
         "in_spec": specs[0],
         "out_spec": specs[1],
         "parameters": sorted(name for name, _ in module.named_parameters(remove_duplicate=False)),
+        **_describe_layouts(module),
         **_dump_graph(module),
     }
+
+
+def _describe_layouts(module: nn.Module) -> dict[str, Any]:
+    """Return the strides of tensors that lie in memory in another order: kernels sum, and round, in that order."""
+    found = {}
+    for name, tensor in _named_tensors(module).items():
+        order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+        if not tensor.is_contiguous() and tensor.permute(order).is_contiguous():
+            found[name] = list(tensor.stride())
+    return {"strides": found} if found else {}
 
 
 def save_tensors(module: nn.Module, path: Path) -> None:
@@ -136,16 +147,27 @@ def restore_graph(
         raise CheckpointError(f"{path} is not a graph of format {FORMAT!r}. Give the folder that `save` wrote.")
     try:
         module = _build_module(data, tensors)
-        for key in ("in_spec", "out_spec"):
-            _check_spec(data[key])
-        specs = [pytree.treespec_loads(json.dumps(data[key])) for key in ("in_spec", "out_spec")]
+        specs = [_load_spec(data[key], path) for key in ("in_spec", "out_spec")]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{path} does not describe a graph: {error!r}. Compute or copy it anew.") from error
     return module, specs[0], specs[1]
 
 
 def _build_module(data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-    return _build_graph(build_tree(tensors, set(data["parameters"])), data).eval()
+    return _build_graph(build_tree(_lay_out(tensors, data.get("strides", {})), set(data["parameters"])), data).eval()
+
+
+def _lay_out(tensors: Mapping[str, Tensor], strides: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Return the tensors in the order in memory that they were saved from; shared ones stay shared."""
+    laid: dict[int, Tensor] = {}
+    for name, order in strides.items():
+        tensor = tensors[name]
+        if id(tensor) not in laid:
+            empty = torch.empty_strided(tensor.shape, order, dtype=tensor.dtype, device=tensor.device)
+            laid[id(tensor)] = empty.copy_(tensor)
+    return {name: laid.get(id(tensor), tensor) for name, tensor in tensors.items()}
 
 
 def _build_graph(root: nn.Module, data: Mapping[str, Any]) -> fx.GraphModule:
@@ -200,6 +222,17 @@ def _check_spec(spec: Any) -> None:
     """Refuse containers whose description makes torch import modules by name."""
     if "defaultdict" in json.dumps(spec):
         raise TypeError("inputs and outputs cannot be nested in a defaultdict")
+
+
+def _load_spec(spec: Any, path: Path) -> pytree.TreeSpec:
+    _check_spec(spec)
+    try:
+        return pytree.treespec_loads(json.dumps(spec))
+    except NotImplementedError as error:  # a class of a library's own, which registers it when it is imported
+        raise CheckpointError(
+            f"{path} nests inputs or outputs in a class that nobody has registered: {error} "
+            "Import the module that defines it first."
+        ) from error
 
 
 def build_tree(tensors: Mapping[str, Tensor], parameters: set[str]) -> nn.Module:

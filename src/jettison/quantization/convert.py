@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from jettison.quantization.fold import (
     set_buffer,
     unshare,
 )
+from jettison.quantization.products import write_linear
 from jettison.quantization.ranges import Ranger, choose_weight_scale
 from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_operator
 
@@ -51,6 +53,16 @@ class Quantized:
     sites: tuple[Site, ...]
     note: str = ""
     """What must be said with the result: that no kernel here runs these bits, for one."""
+
+    def save(self, folder: Path | str) -> Path:
+        """Write structure, integers, scales and zero points into `folder`; `load_quantized` gives them back.
+
+        Two files, `quantized.json` and `quantized.safetensors`, no pickle; returns the folder. Raises ExportError for
+        a graph that cannot be written as data, StorageError where a file cannot be written.
+        """
+        from jettison.quantization.storing import save_quantized
+
+        return save_quantized(self, Path(folder))
 
 
 def convert(
@@ -93,8 +105,13 @@ def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerSchem
 
 
 def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
-    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients."""
+    """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients.
+
+    Products with a stored matrix become linear layers.
+    """
     folded = copy_graph(module)
+    if "aten.linear.default" in weighted:
+        write_linear(folded)
     unshare(folded, weighted)
     fold_batch_norm(folded)
     keep_picture_axes(folded)

@@ -24,6 +24,7 @@ from jettison.quantization.fold import (
     set_buffer,
     unshare,
 )
+from jettison.quantization.products import write_linear
 from jettison.quantization.ranges import choose_scale, choose_weight_scale
 from jettison.quantization.switches import WEIGHTED
 from jettison.targets.integer import Levels, fake_quantize, quantize_linear
@@ -97,6 +98,7 @@ def choose_group(width: int, group: int) -> int | None:
 
 def pick_layers(module: GraphModule, exclude: Collection[str]) -> dict[str, Node]:
     """Un-share the parameters of all linear layers, in place, and return those that are not excluded, by name."""
+    write_linear(module)
     unshare(module, LINEAR)
     layers = find_layers(module, LINEAR)
     for name in exclude:
@@ -174,6 +176,7 @@ def finish(module: GraphModule) -> None:
 def list_kinds(module: GraphModule, layers: Collection[str], bits: int) -> tuple[Site, ...]:
     """Return all layers with weights, linear, recurrent and other, and the bits of their weights."""
     copied = copy_graph(module)
+    write_linear(copied)
     unshare(copied, LINEAR)
     names = {node: name for name, node in {**find_layers(copied, WEIGHTED), **find_recurrent(copied)}.items()}
     ordered = [names[node] for node in copied.graph.nodes if node in names]

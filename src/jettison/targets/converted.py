@@ -38,7 +38,7 @@ def copy_flat(module: GraphModule) -> GraphModule:
 
 def is_converted(module: GraphModule) -> bool:
     """Say if the graph computes on integers anywhere, as those made by `quantize` do."""
-    return any("quantized_decomposed." in str(node.target) for node in module.graph.nodes)
+    return any(str(node.target).startswith(("quantized_decomposed.", "jettison.")) for node in module.graph.nodes)
 
 
 def spell_for_pt2e(module: GraphModule, *, weights_as_pairs: bool) -> GraphModule:

@@ -13,6 +13,7 @@ from jettison.testing.oracles import (
     check_composition,
     check_permutation,
     check_prediction,
+    check_quantized_round_trip,
     check_round_trip,
     draw_kept,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "check_masked",
     "check_permutation",
     "check_prediction",
+    "check_quantized_round_trip",
     "check_round_trip",
     "draw_kept",
     "randomise",
