@@ -135,8 +135,8 @@ def quantize_all(case: Case, libraries: Iterable[str], folder: Path) -> dict[str
     return found
 
 
-def run_case(case: Case, libraries: Iterable[str], folder: Path, rounds: int) -> list[Row]:
-    """Quantize, measure and score one network with every library."""
+def run_case(case: Case, libraries: Iterable[str], folder: Path, rounds: int, judge: int | None) -> list[Row]:
+    """Quantize, measure and score one network with every library, on the first `judge` held-out inputs or on all."""
     model, data = case.build(), case.calibrate()
     found: dict[str, dict[str, Any]] = {"float32": {"file": export_float(case, model, data, folder).name}}
     found |= quantize_all(case, libraries, folder)
@@ -154,6 +154,8 @@ def run_case(case: Case, libraries: Iterable[str], folder: Path, rounds: int) ->
     timed = {f"{a}|{b}": partial(run, sample) for (a, b), run in runs.items()}
     timings = time_interleaved(timed, baseline="float32|ONNX Runtime", rounds=rounds)
     judged = case.judge(model) if case.judge else None
+    if judged is not None and judge is not None:
+        judged = tuple(x[:judge] for x in judged[0]), judged[1][:judge]
     rows = []
     for (library, runtime), run in runs.items():
         made, speed = found[library], timings[f"{library}|{runtime}"].speedup
@@ -207,12 +209,13 @@ def main() -> None:
     parser.add_argument("--library", action="append", choices=list(LIBRARIES))
     parser.add_argument("--out", type=Path, default=RESULTS / "quantization.csv")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="measurements of each file")
+    parser.add_argument("--judge", type=int, help="score on so many held-out inputs only, to try things out")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for case in CASES:
         if not given.case or case.name in given.case:
             with tempfile.TemporaryDirectory() as folder:
-                rows = run_case(case, given.library or LIBRARIES, Path(folder), given.rounds)
+                rows = run_case(case, given.library or LIBRARIES, Path(folder), given.rounds, given.judge)
             write(given.out, merge(given.out, rows))  # after each network, so that an interrupted run is not lost
             show(rows, Console(width=140))
     print(f"wrote {given.out}")
