@@ -28,15 +28,16 @@ HEAD = ("network", "target", "layers", "integer_mac_share", "float_time_share", 
 
 def audit_case(case: Case, target: str, folder: Path) -> tuple[str, ...]:
     """Export a network in int8 for a target, and once more with its middle layer left in float; return a line."""
-    network, x = case.build(), case.calibrate()[:SAMPLES]
-    graph = trace_module(network, (x[:2],)).module.requires_grad_(False)
+    network, data = case.build(), tuple(x[:SAMPLES] for x in case.calibrate())
+    graph = trace_module(network, [x[:2] for x in data]).module.requires_grad_(False)
     runtime = find_target(target)
     path, planted = folder / f"{case.name}.onnx", folder / f"{case.name}-planted.onnx"
-    whole = quantize(graph, [(x,)], scheme=runtime.scheme())
+    whole = quantize(graph, [data], scheme=runtime.scheme())
     name = whole.sites[len(whole.sites) // 2].layer
-    mixed = quantize(graph, [(x,)], scheme=runtime.scheme(), exclude=[name])
+    mixed = quantize(graph, [data], scheme=runtime.scheme(), exclude=[name])
     for file, module in ((path, whole.module), (planted, mixed.module)):
-        runtime.export(module, (x[:1],), file, input_names=["x"], output_names=["y"], dynamic_batch=True)
+        first, names = tuple(x[:1] for x in data), list(case.inputs)
+        runtime.export(module, first, file, input_names=names, output_names=["y"], dynamic_batch=True)
     found = jt.audit(path, target=target, runs=20)
     left = [kernel.layer for kernel in jt.audit(planted, target=target, runs=3).left_in_float]
     print(f"{case.name} in {found.target}", *found.findings, sep="\n  ")

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from jettison.core.budget import Budget
-from jettison.core.errors import InputError
+from jettison.core.errors import InputError, ShapeError, TraceError
 from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check
@@ -166,7 +167,7 @@ def quantize(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         data, arguments, keywords = make_calibration(calibration, model, seal=False, seed=seed, device=device)
-        traced = trace_module(model, arguments, keywords)
+        traced = _trace_small(model, arguments, keywords)
         if kind == "static":
             batches = fit_batch(data, traced).take(samples)
             own, floats = split_bits(bits or {})
@@ -185,6 +186,18 @@ def quantize(
             options: dict[str, Any] = {"weight_bits": weight_bits, "group_size": group_size, "exclude": exclude}
             found = apply_kind(traced.module, kind, scheme=scheme, target=target, attention=attention, **options)
     return replace(found, module=nest(found.module, traced.in_spec, traced.out_spec))
+
+
+def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Traced:
+    """Trace with the first two rows of a batch, which cost less to run; with all where the network wants so many."""
+    few, named = pytree.tree_map(lambda x: x[:2], (arguments, keywords))
+    try:
+        traced = trace_module(model, few, named)
+        if traced.dynamic_batch:
+            return traced
+    except (ShapeError, TraceError):
+        pass  # the whole batch is tried next, and tells what is wrong with its own shapes
+    return trace_module(model, arguments, keywords)
 
 
 def export(model: nn.Module, inputs: Any, path: Path | str, *, target: str = "onnxruntime") -> Path:

@@ -6,6 +6,7 @@ What makes the integers better is in the files of the ladder; they all start fro
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from jettison.quantization.products import write_linear
 from jettison.quantization.ranges import Ranger, choose_weight_scale
 from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_operator
 
+AT_ONCE = 2**22
+"""Numbers of one activation that are held at a time while ranges are collected."""
 BIAS_LIMIT = 2**30
 """A bias may take half of int32, so that the sum it is added to has the other half."""
 
@@ -86,11 +89,27 @@ def convert(
 
         prepared = prepare_pt2e(copied, SchemeQuantizer(scheme, exclude, ranger))
         _name_observers(prepared)
+        rows = choose_rows(folded)
         for batch in track(batches, "Collecting ranges"):
-            prepared(*batch)
+            for part in zip(*(x.split(rows or len(x)) for x in batch), strict=True):
+                prepared(*part)
         _round_weights(prepared, scheme, weights)
         converted = convert_pt2e(prepared)
     return _tidy(converted, names)
+
+
+def choose_rows(module: GraphModule) -> int | None:
+    """Return how many samples run at a time so that no tensor is large; None where the batch is fixed.
+
+    Memory that the allocator gives back and asks for again at each layer makes large batches slower than small ones.
+    """
+    sizes = [n.meta["val"].shape for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    free = [shape for shape in sizes if shape and not isinstance(shape[0], int)]
+    places = [n for n in module.graph.nodes if n.op == "placeholder"]
+    if not all(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].shape in free for n in places):
+        return None
+    largest = max(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in free)
+    return max(1, AT_ONCE // max(1, largest))
 
 
 def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerScheme) -> tuple[Site, ...]:

@@ -13,9 +13,15 @@ from jettison.targets.integer import Levels, fake_quantize
 
 HALF_BINS = 2048
 """Bins on each side of zero; at least eight of them fall into one of 255 steps."""
-SAMPLED = 2**19
-"""Values of one tensor that are counted in one batch, evenly spaced; all are looked at for the ends."""
+SAMPLED = 2**16
+"""Values of one tensor that are counted in one call, evenly spaced; all are looked at for the ends."""
 GRID_POINTS = 80
+CHUNK = 2**16
+"""Weights that are searched at a time, so that they stay in the processor's cache."""
+WATCHED = 8
+"""Largest weights of a channel that tell when clipping alone costs too much."""
+ROUNDING_ROOM = 1.001
+"""What a sum of squares in float32 may be off by, and more."""
 SMALLEST_SHARE = 0.4
 """The grid of clip factors runs from here to 1 (algorithms.md 4.2)."""
 CLIPPED_SHARE = 1e-4
@@ -60,8 +66,9 @@ class Histogram:
             self.width, self.counts = 2 * self.width, merged
         if x.numel() > SAMPLED:
             x = x[:: x.numel() // SAMPLED | 1]  # an odd stride does not fall in step with the layout
-        index = torch.floor(x[x != 0] / self.width).long() + HALF_BINS
-        self.counts += torch.bincount(index.clamp_(0, 2 * HALF_BINS - 1), minlength=2 * HALF_BINS)
+        index = (x / self.width).floor_().add_(HALF_BINS).clamp_(0, 2 * HALF_BINS - 1).to(torch.int32)
+        self.counts += torch.bincount(index, minlength=2 * HALF_BINS)
+        self.counts[HALF_BINS] -= x.numel() - int(x.count_nonzero())  # the bin that zeros fall into
 
 
 Ranger = Callable[[Histogram, Levels], tuple[float, float]]
@@ -199,11 +206,36 @@ def choose_weight_scale(weight: Tensor, axis: int, levels: Levels) -> Tensor:
     if largest == 0.0:
         return torch.ones_like(most)
     most = most.clamp(min=largest * 2.0**-12)
-    best_error = torch.full_like(most, float("inf"))
-    best = most.clone()
-    for share in torch.linspace(1.0, SMALLEST_SHARE, GRID_POINTS):
-        scale = most * share
-        error = (fake_quantize(rows, scale[:, None], 0, levels) - rows).pow(2).sum(1)
-        best = torch.where(error < best_error, scale, best)
-        best_error = torch.minimum(error, best_error)
-    return best.clamp(min=largest * 2.0**-12)
+    some = max(1, CHUNK // max(64, rows.shape[1]))
+    pairs = zip(rows.split(some), most.split(some), strict=True)
+    return torch.cat([_search_grid(part, scale, levels) for part, scale in pairs]).clamp(min=largest * 2.0**-12)
+
+
+def _search_grid(rows: Tensor, most: Tensor, levels: Levels) -> Tensor:
+    """Return for each row the share of `most` with the least squared error; on a tie the largest.
+
+    A row leaves the search once cutting off its largest values alone costs more than the best found: at smaller shares
+    that only grows. It changes no result and leaves a fraction of the grid.
+    """
+    best, least = most.clone(), torch.full_like(most, float("inf"))
+    shares = torch.linspace(1.0, SMALLEST_SHARE, GRID_POINTS, device=rows.device)
+    tops = rows.abs().topk(min(WATCHED, rows.shape[1]), dim=1).values
+    ends = most[:, None] * shares * levels.q_max
+    floors = (tops[:, None] - ends[:, :, None]).clamp_(min=0).square_().sum(2)
+    at, work = torch.arange(len(rows), device=rows.device), torch.empty_like(rows)
+    for index, share in enumerate(shares):
+        live = floors[at, index] <= least[at] * ROUNDING_ROOM
+        count = int(live.count_nonzero())
+        if count == 0:
+            break
+        if count <= 0.75 * len(at):
+            at, rows = at[live], rows[live]
+            work = work[: len(at)]
+        scale = most[at] * share
+        # What `fake_quantize` does at zero point 0, in one buffer.
+        torch.div(rows, scale[:, None], out=work)
+        work.round_().clamp_(levels.q_min, levels.q_max).mul_(scale[:, None]).sub_(rows)
+        error = work.square_().sum(1)
+        better = error < least[at]
+        best[at], least[at] = torch.where(better, scale, best[at]), torch.where(better, error, least[at])
+    return best

@@ -15,9 +15,11 @@ from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
 from jettison.targets import onnx_recurrent
 from jettison.targets.integer import quantize_operator
+from jettison.targets.onnx_direct import write
 from jettison.targets.onnx_floats import keep_floats
 from jettison.targets.onnx_kinds import (
     GROUPS_OPSET,
+    has_integers,
     make_translations,
     narrow_constants,
     pack_constants,
@@ -50,7 +52,13 @@ def export(
     """
     import onnx
 
-    proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
+    proto = None
+    if has_integers(module):
+        proto = write(
+            module, inputs, input_names=input_names, output_names=output_names, dynamic=dynamic_batch, opset=OPSET
+        )
+    if proto is None:
+        proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
     pack_constants(proto, read_bits(module))
     narrow_constants(proto, read_half(module))
     _pool_globally(proto)

@@ -1,0 +1,393 @@
+"""The ONNX form of each ATen operator that `onnx_direct` writes: a function and a line in FORMS.
+
+A form takes the draft, the node and the node's arguments and returns the name of its value, or a list of names. What it
+has no form for ends in NoForm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jettison.targets.onnx_direct import Draft, Kind, NoForm, to_numpy
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+Form = Callable[..., Any]
+
+
+def _spread(value: Any, rank: int) -> list[int]:
+    """Return a size for each picture axis."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(v, int) for v in values):
+        raise NoForm(f"the sizes {value!r}")
+    return values * rank if len(values) == 1 else values
+
+
+def _convolve(
+    draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> str:  # fmt: skip
+    kernel = [size for size in draft.kind(weight).sizes[2:] if size is not None]
+    steps = _spread(dilation, len(kernel))
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
+        pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
+    else:
+        pads = _spread(0 if padding == "valid" else padding, len(kernel)) * 2
+    inputs = [draft.read(x), draft.read(weight), *([] if bias is None else [draft.read(bias)])]
+    return draft.add(
+        "Conv", inputs, kernel_shape=kernel, strides=_spread(stride, len(kernel)), pads=pads, dilations=steps,
+        group=groups,
+    )  # fmt: skip
+
+
+def _transpose_convolve(
+    draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None,
+    stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> str:  # fmt: skip
+    kernel = [size for size in draft.kind(weight).sizes[2:] if size is not None]
+    rank = len(kernel)
+    inputs = [draft.read(x), draft.read(weight), *([] if bias is None else [draft.read(bias)])]
+    return draft.add(
+        "ConvTranspose", inputs, kernel_shape=kernel, strides=_spread(stride, rank), pads=_spread(padding, rank) * 2,
+        dilations=_spread(dilation, rank), group=groups, output_padding=_spread(output_padding, rank),
+    )  # fmt: skip
+
+
+def _multiply_weight(draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None) -> str:
+    if len(draft.kind(x).sizes) == 2 and bias is not None:
+        return draft.add("Gemm", [draft.read(x), draft.read(weight), draft.read(bias)], transB=1)
+    y = draft.add("MatMul", [draft.read(x), draft.add("Transpose", [draft.read(weight)], perm=[1, 0])])
+    return y if bias is None else draft.add("Add", [y, draft.read(bias)])
+
+
+def _multiply_dynamic(draft: Draft, node: Node, x: Any, weight: Any, scale: Any, bias: Any) -> str:
+    """Dynamic quantization as ONNX Runtime knows it; the order of the products is the one it fuses."""
+    whole, step, zero_point = draft.add_several("DynamicQuantizeLinear", [draft.read(x)], 3)
+    summed = draft.add("MatMulInteger", [whole, draft.read(weight), zero_point])
+    factor = draft.add("Mul", [step, draft.read(scale)])
+    y = draft.add("Mul", [draft.add("Cast", [summed], to=1), factor])
+    return y if bias is None else draft.add("Add", [y, draft.read(bias)])
+
+
+def _attend(
+    draft: Draft, node: Node, query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> str:  # fmt: skip
+    sizes, dtype = draft.kind(key).sizes, draft.kind(query).dtype
+    if dropout_p or is_causal or enable_gqa or sizes[-1] is None:
+        raise NoForm("attention with a mask of its own")
+    turned = [*range(len(sizes) - 2), len(sizes) - 1, len(sizes) - 2]
+    products = draft.add("MatMul", [draft.read(query), draft.add("Transpose", [draft.read(key)], perm=turned)])
+    factor = 1.0 / math.sqrt(sizes[-1]) if scale is None else scale
+    scores = draft.add("Mul", [products, draft.read(factor, dtype)])
+    if attn_mask is not None:
+        mask = draft.read(attn_mask)
+        if draft.kind(attn_mask).dtype != dtype:
+            mask = draft.add("Where", [mask, draft.read(0.0, dtype), draft.read(-math.inf, dtype)])
+        scores = draft.add("Add", [scores, mask])
+    return draft.add("MatMul", [draft.add("Softmax", [scores], axis=-1), draft.read(value)])
+
+
+def _quantize(
+    draft: Draft, node: Node, x: Any, scale: float, zero_point: int, q_min: int, q_max: int, dtype: Any
+) -> str:
+    kind = to_numpy(dtype)
+    step, zero = draft.hold(scale, np.float32), draft.hold(zero_point, kind)
+    whole = draft.add("QuantizeLinear", [draft.read(x), step, zero])
+    if (q_min, q_max) == (np.iinfo(kind).min, np.iinfo(kind).max):
+        return whole
+    # QuantizeLinear saturates at its type's ends; a coarser grid is cut in integers, so that kernels still fuse.
+    return draft.add("Clip", [whole, draft.hold(q_min, kind), draft.hold(q_max, kind)])
+
+
+def _dequantize(draft: Draft, node: Node, q: Any, scale: float, zero_point: int, *rest: Any) -> str:
+    kind = to_numpy(draft.kind(q).dtype)
+    return draft.add("DequantizeLinear", [draft.read(q), draft.hold(scale, np.float32), draft.hold(zero_point, kind)])
+
+
+def _dequantize_channels(draft: Draft, node: Node, q: Any, scales: Any, zeros: Any, axis: int, *rest: Any) -> str:
+    kind = to_numpy(draft.kind(q).dtype)
+    inputs = [draft.read(q), draft.read(scales)]
+    if kind != np.int32 and zeros is not None:  # a zero point of that type may only be zero
+        values = draft.constants[draft.read(zeros)].astype(kind)
+        inputs.append(draft.hold(values, kind))
+    return draft.add("DequantizeLinear", inputs, axis=axis)
+
+
+def _apply(operator: str, draft: Draft, node: Node, x: Any) -> str:
+    return draft.add(operator, [draft.read(x)])
+
+
+def _pass_on(draft: Draft, node: Node, x: Any, *rest: Any, **options: Any) -> str:
+    return draft.read(x)
+
+
+def _combine(operator: str, draft: Draft, node: Node, left: Any, right: Any, alpha: Any = 1) -> str:
+    if alpha != 1:
+        raise NoForm("alpha")
+    dtype = draft.kind(node).dtype
+    return draft.add(operator, [draft.read(left, dtype), draft.read(right, dtype)])
+
+
+def _subtract_from(draft: Draft, node: Node, x: Any, other: Any, alpha: Any = 1) -> str:
+    return _combine("Sub", draft, node, other, x, alpha)
+
+
+def _clip(draft: Draft, node: Node, x: Any, low: Any = None, high: Any = None) -> str:
+    dtype = draft.kind(x).dtype
+    if draft.kind(node).dtype != dtype or (low is None and high is None):
+        raise NoForm("a clamp that changes the type")
+    ends = ["" if end is None else draft.read(end, dtype) for end in (low, high)]
+    return draft.add("Clip", [draft.read(x), *(ends if ends[1] else ends[:1])])
+
+
+def _clip_hard(draft: Draft, node: Node, x: Any, low: Any = -1.0, high: Any = 1.0) -> str:
+    return _clip(draft, node, x, low, high)
+
+
+def _leak(draft: Draft, node: Node, x: Any, slope: float = 0.01) -> str:
+    return draft.add("LeakyRelu", [draft.read(x)], alpha=float(slope))
+
+
+def _swish(draft: Draft, node: Node, x: Any) -> str:
+    return draft.add("Mul", [draft.read(x), draft.add("Sigmoid", [draft.read(x)])])
+
+
+def _sigmoid_hard(draft: Draft, node: Node, x: Any) -> str:
+    return draft.add("HardSigmoid", [draft.read(x)], alpha=1 / 6, beta=0.5)
+
+
+def _gelu(draft: Draft, node: Node, x: Any, approximate: str = "none") -> str:
+    if approximate != "none":
+        raise NoForm("an approximate GELU")
+    source, dtype = draft.read(x), draft.kind(x).dtype
+    share = draft.add("Erf", [draft.add("Div", [source, draft.read(math.sqrt(2), dtype)])])
+    half = draft.add("Mul", [draft.read(0.5, dtype), draft.add("Add", [share, draft.read(1.0, dtype)])])
+    return draft.add("Mul", [source, half])
+
+
+def _softmax(draft: Draft, node: Node, x: Any, dim: int, dtype: Any = None) -> str:
+    return draft.add("Softmax", [draft.read(x, draft.kind(node).dtype)], axis=dim)
+
+
+def _normalise_layer(
+    draft: Draft, node: Node, x: Any, shape: Sequence[int], weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *rest: Any,
+) -> str:  # fmt: skip
+    if weight is None:
+        raise NoForm("a LayerNorm without weights")
+    inputs = [draft.read(x), draft.read(weight), *([] if bias is None else [draft.read(bias)])]
+    return draft.add("LayerNormalization", inputs, axis=-len(shape), epsilon=eps, stash_type=1)
+
+
+def _average(draft: Draft, node: Node, x: Any, dims: Sequence[int], keepdim: bool = False) -> str:
+    rank = len(draft.kind(x).sizes)
+    axes = sorted(dim % rank for dim in dims)
+    if rank != 4 or axes != [2, 3]:
+        return draft.add("ReduceMean", [draft.read(x), draft.hold_sizes(axes)], keepdims=int(keepdim))
+    pooled = draft.add("GlobalAveragePool", [draft.read(x)])  # it has an integer kernel; ReduceMean has none
+    return pooled if keepdim else draft.add("Flatten", [pooled], axis=1)
+
+
+def _sum(draft: Draft, node: Node, x: Any, dims: Sequence[int] | None = None, keepdim: bool = False) -> str:
+    if not dims:
+        raise NoForm("a sum over everything")
+    source = draft.read(x, draft.kind(node).dtype)
+    return draft.add("ReduceSum", [source, draft.hold_sizes(list(dims))], keepdims=int(keepdim))
+
+
+def _average_adaptive(draft: Draft, node: Node, x: Any, size: Sequence[int]) -> str:
+    if list(size) != [1, 1] or len(draft.kind(x).sizes) != 4:
+        raise NoForm("adaptive pooling to more than one place")
+    return draft.add("GlobalAveragePool", [draft.read(x)])
+
+
+def _pool(
+    operator: str, draft: Draft, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any
+) -> str:
+    rank = len(draft.kind(x).sizes) - 2
+    size = _spread(kernel, rank)
+    options: dict[str, Any] = {"kernel_shape": size, "pads": _spread(padding, rank) * 2}
+    options["strides"] = _spread(stride, rank) if stride not in ((), []) else size
+    names = ("dilation", "ceil") if operator == "MaxPool" else ("ceil", "count", "divisor")
+    given = dict(zip(names, rest, strict=False))
+    if given.get("ceil") or given.get("divisor") is not None:
+        raise NoForm("pooling that rounds up")
+    if operator == "MaxPool":
+        options["dilations"] = _spread(given.get("dilation", 1), rank)
+    else:
+        options["count_include_pad"] = int(given.get("count", True))
+    return draft.add(operator, [draft.read(x)], **options)
+
+
+def _reshape(draft: Draft, node: Node, x: Any, *rest: Any) -> str:
+    sizes = draft.kind(node).sizes
+    if sizes.count(None) > 1 or 0 in sizes:
+        raise NoForm("a shape with two free sizes")
+    return draft.add("Reshape", [draft.read(x), draft.hold_sizes([-1 if s is None else s for s in sizes])])
+
+
+def _permute(draft: Draft, node: Node, x: Any, order: Sequence[int]) -> str:
+    rank = len(draft.kind(x).sizes)
+    return draft.add("Transpose", [draft.read(x)], perm=[axis % rank for axis in order])
+
+
+def _swap(draft: Draft, node: Node, x: Any, first: int = 0, second: int = 1) -> str:
+    order = list(range(len(draft.kind(x).sizes)))
+    order[first], order[second] = order[second], order[first]
+    return draft.add("Transpose", [draft.read(x)], perm=order)
+
+
+def _join(draft: Draft, node: Node, values: Sequence[Any], dim: int = 0) -> str:
+    dtype = draft.kind(node).dtype
+    return draft.add("Concat", [draft.read(value, dtype) for value in values], axis=dim)
+
+
+def _insert_axis(draft: Draft, node: Node, x: Any, dim: int) -> str:
+    return draft.add("Unsqueeze", [draft.read(x), draft.hold_sizes([dim])])
+
+
+def _take(draft: Draft, node: Node, x: Any, dim: int, index: int) -> str:
+    if not isinstance(index, int):
+        raise NoForm("a place that depends on a size")
+    return draft.add("Gather", [draft.read(x), draft.hold(index, np.int64)], axis=dim)
+
+
+def _slice(draft: Draft, node: Node, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str:
+    limits = [0 if start is None else start, np.iinfo(np.int64).max if end is None else end, step]
+    if not all(isinstance(limit, (int, np.integer)) for limit in limits):
+        raise NoForm("a slice that depends on a size")
+    return _cut(draft, draft.read(x), dim, *limits)
+
+
+def _cut(draft: Draft, source: str, dim: int, start: int, end: int, step: int = 1) -> str:
+    return draft.add("Slice", [source, *(draft.hold_sizes([value]) for value in (start, end, dim, step))])
+
+
+def _split(draft: Draft, node: Node, x: Any, sizes: Any, dim: int = 0) -> list[str]:
+    kinds: list[Kind] = draft.kinds[node]
+    lengths = [kind.sizes[dim] or 0 for kind in kinds]
+    if 0 in lengths:
+        raise NoForm("parts of the batch, or empty ones")
+    return draft.add_several("Split", [draft.read(x), draft.hold_sizes(lengths)], len(lengths), axis=dim)
+
+
+def _unbind(draft: Draft, node: Node, x: Any, dim: int = 0) -> list[str]:
+    if draft.kind(x).sizes[dim] is None:
+        raise NoForm("the batch taken apart")
+    parts = [_cut(draft, draft.read(x), dim, place, place + 1) for place in range(len(draft.kinds[node]))]
+    return [draft.add("Squeeze", [part, draft.hold_sizes([dim])]) for part in parts]
+
+
+def _get_item(draft: Draft, node: Node, values: Any, index: int) -> str:
+    names = draft.names.get(values)
+    if not isinstance(names, list):
+        raise NoForm("an item of no list")
+    name: str = names[index]
+    return name
+
+
+def _expand(draft: Draft, node: Node, x: Any, sizes: Any, implicit: bool = False) -> str:
+    kind = draft.kind(node)
+    if None not in kind.sizes:
+        return draft.add("Expand", [draft.read(x), draft.hold_sizes([s for s in kind.sizes if s is not None])])
+    if any(size is None and not batch for size, batch in zip(kind.sizes, kind.is_batch, strict=True)):
+        raise NoForm("a multiple of the batch")
+    batch = draft.add("Shape", [draft.batch_source], start=0, end=1)
+    parts = [batch if size is None else draft.hold_sizes([size]) for size in kind.sizes]
+    return draft.add("Expand", [draft.read(x), draft.add("Concat", parts, axis=0)])
+
+
+def _look_up(draft: Draft, node: Node, table: Any, places: Any, *rest: Any) -> str:
+    return draft.add("Gather", [draft.read(table), draft.read(places)], axis=0)
+
+
+def _cast(draft: Draft, node: Node, x: Any, *rest: Any, **options: Any) -> str:
+    return draft.read(x, draft.kind(node).dtype)
+
+
+def _pad_constant(draft: Draft, node: Node, x: Any, pads: Sequence[int], value: Any = 0) -> str:
+    return _pad(draft, node, x, pads, "constant", value)
+
+
+def _pad(draft: Draft, node: Node, x: Any, pads: Sequence[int], mode: str = "constant", value: Any = None) -> str:
+    if mode != "constant" or not all(isinstance(width, int) and width >= 0 for width in pads):
+        raise NoForm("padding with more than a constant")
+    rank, dtype = len(draft.kind(x).sizes), draft.kind(x).dtype
+    before, after = [0] * rank, [0] * rank
+    for place in range(len(pads) // 2):
+        before[rank - 1 - place], after[rank - 1 - place] = pads[2 * place], pads[2 * place + 1]
+    return draft.add("Pad", [draft.read(x), draft.hold_sizes([*before, *after]), draft.read(value or 0.0, dtype)])
+
+
+FORMS: dict[str, Form] = {
+    "jettison.quantize_per_tensor.default": _quantize,
+    "jettison.linear_dynamic.default": _multiply_dynamic,
+    "quantized_decomposed.dequantize_per_tensor.default": _dequantize,
+    "quantized_decomposed.dequantize_per_channel.default": _dequantize_channels,
+    "aten.conv1d.default": _convolve,
+    "aten.conv1d.padding": _convolve,
+    "aten.conv2d.default": _convolve,
+    "aten.conv2d.padding": _convolve,
+    "aten.conv_transpose2d.input": _transpose_convolve,
+    "aten.linear.default": _multiply_weight,
+    "aten.matmul.default": partial(_combine, "MatMul"),
+    "aten.bmm.default": partial(_combine, "MatMul"),
+    "aten.scaled_dot_product_attention.default": _attend,
+    "aten.relu.default": partial(_apply, "Relu"),
+    "aten.sigmoid.default": partial(_apply, "Sigmoid"),
+    "aten.tanh.default": partial(_apply, "Tanh"),
+    "aten.exp.default": partial(_apply, "Exp"),
+    "aten.sqrt.default": partial(_apply, "Sqrt"),
+    "aten.abs.default": partial(_apply, "Abs"),
+    "aten.neg.default": partial(_apply, "Neg"),
+    "aten.hardswish.default": partial(_apply, "HardSwish"),
+    "aten.relu6.default": partial(_clip, low=0.0, high=6.0),
+    "aten.hardtanh.default": _clip_hard,
+    "aten.clamp.default": _clip,
+    "aten.leaky_relu.default": _leak,
+    "aten.silu.default": _swish,
+    "aten.hardsigmoid.default": _sigmoid_hard,
+    "aten.gelu.default": _gelu,
+    "aten.softmax.int": _softmax,
+    "aten.layer_norm.default": _normalise_layer,
+    "aten.add.Tensor": partial(_combine, "Add"),
+    "aten.sub.Tensor": partial(_combine, "Sub"),
+    "aten.mul.Tensor": partial(_combine, "Mul"),
+    "aten.div.Tensor": partial(_combine, "Div"),
+    "aten.rsub.Scalar": _subtract_from,
+    "aten.mean.dim": _average,
+    "aten.sum.dim_IntList": _sum,
+    "aten.adaptive_avg_pool2d.default": _average_adaptive,
+    "aten.max_pool2d.default": partial(_pool, "MaxPool"),
+    "aten.avg_pool2d.default": partial(_pool, "AveragePool"),
+    "aten.flatten.using_ints": _reshape,
+    "aten.view.default": _reshape,
+    "aten.reshape.default": _reshape,
+    "aten.permute.default": _permute,
+    "aten.transpose.int": _swap,
+    "aten.cat.default": _join,
+    "aten.unsqueeze.default": _insert_axis,
+    "aten.select.int": _take,
+    "aten.slice.Tensor": _slice,
+    "aten.split.Tensor": _split,
+    "aten.split_with_sizes.default": _split,
+    "aten.chunk.default": _split,
+    "aten.unbind.int": _unbind,
+    "<built-in function getitem>": _get_item,
+    "aten.expand.default": _expand,
+    "aten.embedding.default": _look_up,
+    "aten.to.dtype": _cast,
+    "aten.dropout.default": _pass_on,
+    "aten.detach.default": _pass_on,
+    "aten.clone.default": _pass_on,
+    "aten.constant_pad_nd.default": _pad_constant,
+    "aten.pad.default": _pad,
+}
