@@ -162,6 +162,20 @@ def test_the_compiler_gets_the_weights_as_constants(
     assert given == [1]  # the pictures
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(inductor.why_missing() is not None, reason=str(inductor.why_missing()))
+def test_integers_are_compiled_for_so_many_shapes_and_no_more(
+    coarse: GraphModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "SHAPES", 1)
+    path = write(inductor, coarse, tmp_path / "net.graph", torch.zeros(2, *Pictures.shape))
+    session = inductor.load(path, threads=1)
+    for _ in range(2):
+        session.run([np.zeros((2, *Pictures.shape), np.float32)])
+    with pytest.raises(InputError, match="compiled for 1 shapes"):
+        session.run([np.zeros((3, *Pictures.shape), np.float32)])
+
+
 def test_running_gives_back_the_threads_it_took(graph: GraphModule, tmp_path: Path) -> None:
     path = write(eager, graph, tmp_path / "net.graph", torch.zeros(2, *Pictures.shape))
     session = eager.load(path, threads=2)

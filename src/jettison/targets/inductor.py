@@ -39,7 +39,7 @@ PROFILED = False
 PRECISIONS = ("fp32", "bf16", "int8")
 """A file of integers computes in int8 whatever is asked for, and a float one never does."""
 SHAPES = 64
-"""As many shapes a network is compiled for; then it raises."""
+"""As many shapes a network on integers is compiled for."""
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -96,13 +96,22 @@ class Session:
     input_names: tuple[str, ...]
     input_shapes: tuple[tuple[int | None, ...], ...]
     output_names: tuple[str, ...]
+    each_shape: bool = False
     seen: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Run once; arrays stand in the order of `input_names`."""
+        """Run once; arrays stand in the order of `input_names`.
+
+        Raises InputError where integers would have to be compiled for yet another shape after `SHAPES`.
+        """
         import torch
 
         shapes = tuple(a.shape for a in arrays)
+        if self.each_shape and shapes not in self.seen and len(self.seen) >= SHAPES:
+            raise InputError(
+                f"This network has been compiled for {SHAPES} shapes of inputs, and int8 is compiled for each anew. "
+                "It would take ever longer. Feed it batches of few sizes, or load it again."
+            )
         with torch.no_grad(), use_threads(self.threads):
             if shapes in self.seen:
                 return take_out(self.call(*lay_out(arrays)))
@@ -131,9 +140,9 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
     with _quiet():
         # The number of threads is written into the code. Said here, it also keeps code for other numbers apart.
         options: dict[str, Any] = {"freezing": True, "cpp.threads": threads}
-        fixed = False if is_converted(found.module) else None
-        call = torch.compile(_prepare(found.module, precision), options=options, dynamic=fixed)
-    return Session(call, threads, found.input_names, found.input_shapes, found.output_names)
+        fixed = is_converted(found.module)
+        call = torch.compile(_prepare(found.module, precision), options=options, dynamic=False if fixed else None)
+    return Session(call, threads, found.input_names, found.input_shapes, found.output_names, fixed)
 
 
 def _prepare(module: GraphModule, precision: str) -> GraphModule:
