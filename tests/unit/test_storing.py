@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import jettison as jt
@@ -126,8 +127,6 @@ def test_sizes_come_back(quantized: Quantized, saved: Path) -> None:
 
 @pytest.mark.slow
 def test_every_kind_is_the_same_in_a_fresh_process(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     expected = {}
     for kind in KINDS:
         found, folder = make(kind), tmp_path / kind
@@ -141,6 +140,42 @@ def test_every_kind_is_the_same_in_a_fresh_process(tmp_path: Path) -> None:
         assert len(again) == len(outputs)
         assert all(oracles.has_same_bits(again[str(i)], y) for i, y in enumerate(outputs)), kind
         assert (tmp_path / kind / "again.onnx").read_bytes() == (tmp_path / kind / "model.onnx").read_bytes(), kind
+
+
+def test_recurrent_layers_and_attention_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
+    """Their operators are ours: a process that has quantized nothing must know them before it reads the graph."""
+    torch.manual_seed(0)
+    networks = {
+        "lstm": (Sequences(nn.LSTM(8, 16, batch_first=True, bidirectional=True)), {}),
+        "gru": (Sequences(nn.GRU(8, 256, batch_first=True)), {}),
+        "attention": (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), {"attention": True}),
+    }
+    x = torch.randn(2, 5, 8)
+    for name, (network, options) in networks.items():
+        found = jt.quantize(network.eval(), [(x,)], kind="dynamic", **options)
+        folder = found.save(tmp_path / name)
+        entry = next(n.name for n in found.module.graph.nodes if n.op == "placeholder")
+        save_file({entry: x}, folder / "inputs.safetensors")
+    done = subprocess.run([sys.executable, "-c", AGAIN, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in networks:
+        outputs = load_file(tmp_path / name / "outputs.safetensors")["0"]
+        again = jt.load_quantized(tmp_path / name)
+        assert any("_dynamic" in str(n.target) for n in again.module.graph.nodes if "linear" not in str(n.target))
+        with torch.no_grad():
+            assert torch.equal(torch.utils._pytree.tree_leaves(again.module(x))[0], outputs)
+
+
+class Sequences(nn.Module):
+    """A recurrent layer whose states are not given back."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)[0]
+        return y
 
 
 def test_a_flat_graph_is_saved_too() -> None:

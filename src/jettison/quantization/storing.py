@@ -23,7 +23,8 @@ from jettison.graph.store import describe_graph, read_tensors, restore_graph, sa
 from jettison.graph.trace import nest
 from jettison.quantization.convert import Quantized, Site, quiet_torchao
 from jettison.targets.integer import quantize_operator
-from jettison.targets.operators import dynamic_operator, groups_operator
+from jettison.targets.operators import dynamic_operator, groups_operator, product_operator
+from jettison.targets.recurrent import lstm_operator, scan_operator
 
 FORMAT = "jettison.quantized/1"
 HEAD, TENSORS = "quantized.json", "quantized.safetensors"
@@ -91,9 +92,15 @@ def register_operators() -> None:
     """Make torch know every operator that a quantized graph may call."""
     with quiet_torchao():
         import torch.ao.quantization.fx._decomposed  # noqa: F401 - registers `quantized_decomposed`
-    quantize_operator()
-    groups_operator()
-    dynamic_operator()
+    for register in (
+        quantize_operator,
+        groups_operator,
+        dynamic_operator,
+        product_operator,
+        lstm_operator,
+        scan_operator,
+    ):
+        register()
 
 
 def _read_head(path: Path) -> QuantizedFile:
