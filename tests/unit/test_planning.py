@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import jettison as jt
+from jettison.core.plan import FORMAT, Cost, Plan
 from jettison.cost.macs import count
+from jettison.flow import deciding
 from jettison.flow.costs import CostModel, list_macs, make_cost_model
 from jettison.flow.planning import make_plan
 from jettison.flow.sensitivity import GroupOptions, Sensitivity
@@ -184,3 +187,17 @@ def test_tied_groups_are_planned_as_one(graph: Graph) -> None:
     others = (groups[0], dataclasses.replace(groups[1], counts=(16, 8, 4)))
     with pytest.raises(jt.core.errors.CheckpointError, match="other counts"):  # type: ignore[attr-defined]
         make_plan(Sensitivity(others, (("inner", "hidden"),)), costs, limits)
+
+
+@pytest.mark.parametrize("heavy", [60, 50])
+def test_a_plan_measured_fast_must_still_keep_its_macs(heavy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first plan was predicted too slow, so it is only the nearest one; the clock then finds it fast enough."""
+    first = Plan(FORMAT, {"a": (0,)}, 8, 0.1, Cost(heavy, 100, 10.0), False, ())
+    second = Plan(FORMAT, {"a": ()}, 8, 0.2, Cost(50, 100, 5.0), True, ())
+    made = iter([first, second])
+    monkeypatch.setattr(deciding, "make_plan", lambda *_: next(made))
+    monkeypatch.setattr(deciding, "_measure_candidate", lambda *_: 8.5)
+    run, costs = SimpleNamespace(recipe=jt.Recipe(corrections=1)), SimpleNamespace(scale=1.0)
+    limits = {"latency_ms": 9.0, "macs": 50}
+    found = deciding._decide_by_latency(run, Sensitivity(()), costs, limits, None)  # type: ignore[arg-type]
+    assert found.kept == (second if heavy > 50 else first).kept and found.feasible

@@ -183,7 +183,7 @@ def _carry_out(run: Run, model: nn.Module, evaluate: Evaluate, name: str, comman
     quantized = _quantize(run, final) if run.recipe.quantize else None
     deployed = final if quantized is None else quantized.module
     _export_once(run, "export", "model", lambda: deployed)
-    widths = count_widths(run, plan, final)
+    widths = count_widths(run, final)
     measured = run.folder.do_json("measurements", Measurements, lambda: measure_variants(run, evaluate, widths))
     simulated = None if quantized is None else quantized.module
     checks = run.folder.do_json("checks", Checks, lambda: Checks(run_checks(run, plan, final, simulated)))

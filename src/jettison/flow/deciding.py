@@ -124,9 +124,11 @@ def _decide_by_latency(
             return plan
         measured = _measure_candidate(run, plan, reference)
         assert plan.cost.latency_ms is not None
-        if measured <= limit and (best is None or plan.loss < best.loss):
+        # A plan that seemed too slow may be measured fast enough, but still break another limit.
+        kept = all(getattr(plan.cost, kind) <= most for kind, most in limits.items() if kind != "latency_ms")
+        if kept and measured <= limit and (best is None or plan.loss < best.loss):
             best = dataclasses.replace(plan, feasible=True)
-        if NEAR * limit <= measured <= limit or (not plan.feasible and measured > limit):
+        if (kept and NEAR * limit <= measured <= limit) or (not plan.feasible and measured > limit):
             break
         costs.scale *= measured / plan.cost.latency_ms
         again = make_plan(sensitivity, costs, aim)

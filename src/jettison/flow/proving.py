@@ -22,7 +22,6 @@ from jettison.flow.evaluation import Evaluate, Outcome, compare, run_evaluate
 from jettison.flow.run import Run, make_predict
 from jettison.graph.check import check_masked
 from jettison.graph.layers import find_layers
-from jettison.graph.rewrite import refresh
 from jettison.graph.store import load_graph, save_graph
 from jettison.graph.trace import Batch
 from jettison.progress import track
@@ -245,10 +244,9 @@ def _nudge(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return x + share * x.std() * moves
 
 
-def count_widths(run: Run, plan: Plan, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
+def count_widths(run: Run, final: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """Return MACs and parameters of each variant."""
     original = count(run.graph.module)
-    refresh(final, run.graph, run.graph.keeps(plan.kept))
     small = count(final)
     widths = {ORIGINAL: (original.macs, original.parameters), COMPRESSED: (small.macs, small.parameters)}
     if run.recipe.quantize:

@@ -21,7 +21,7 @@ from jettison.flow.calibration import Calibration, list_digests
 from jettison.flow.evaluation import Predict
 from jettison.flow.folder import RunFolder
 from jettison.graph.groups import Graph
-from jettison.graph.rewrite import slice_graph
+from jettison.graph.rewrite import refresh, slice_graph
 from jettison.graph.trace import Batch, Traced
 
 
@@ -107,7 +107,10 @@ class Run:
 
     def slice(self, plan: Plan) -> fx.GraphModule:
         """Return the original without the positions the plan drops; weights are shared until replaced."""
-        return slice_graph(self.graph, self.graph.keeps(plan.kept))
+        keeps = self.graph.keeps(plan.kept)
+        module = slice_graph(self.graph, keeps)
+        refresh(module, self.graph, keeps)  # quantizing and exporting read sizes off the nodes
+        return module
 
 
 def split_samples(batches: Sequence[Batch], first: int) -> tuple[list[Batch], list[Batch]]:
