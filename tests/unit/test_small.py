@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from jettison.core.errors import FixedSize
 from jettison.graph import small, surgery
 from jettison.graph.check import run_both, run_double, run_masked
+from jettison.graph.comparing import measure_error
 from jettison.graph.groups import trace
 from jettison.graph.rewrite import slice_graph
 from jettison.graph.small import run_small, shrink
@@ -34,6 +35,9 @@ def test_only_pictures_are_made_smaller() -> None:
     picture, tokens = torch.randn(PICTURE), torch.randn(2, 90, 80)
     found = shrink((picture, tokens))
     assert found is not None and found[1] is tokens and torch.equal(found[0], picture[..., :64, :64])
+    whole = torch.randn(1, 3, 224, 160)
+    found = shrink((whole,))
+    assert found is not None and torch.equal(found[0], whole[..., :192:3, :128:2])
     assert shrink((tokens, torch.randn(2, 3, 64, 80), torch.ones(PICTURE, dtype=torch.long))) is None
 
 
@@ -43,6 +47,20 @@ def test_small_pictures_are_enough_for_a_network_that_takes_any(monkeypatch: pyt
 
     monkeypatch.setattr(surgery, "verify", refuse)
     prune(_conv(nn.BatchNorm2d(6)), torch.randn(PICTURE))
+
+
+def test_a_picture_of_one_colour_tells_nothing() -> None:
+    picture = torch.zeros(1, 3, 200, 200)
+    assert shrink((picture,)) is None
+    picture[..., 60:140, 60:140] = torch.rand(80, 80)  # a black border around what is to be seen
+    assert shrink((picture,)) is not None
+
+
+def test_a_number_that_is_none_is_a_difference_in_any_output() -> None:
+    right, wrong = torch.ones(2), torch.tensor([1.0, torch.nan])
+    assert measure_error([right, right], [right, right]) == 0
+    assert not measure_error([right, wrong], [right, right]) <= 1e-10
+    assert not measure_error([wrong, right], [right, right]) <= 1e-10
 
 
 class Planted(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -199,10 +200,15 @@ def tolerance_of(proof: Proof) -> float:
 
 
 def measure_error(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference of tensors of equal shapes, relative to 1 + the largest that is expected."""
+    """Return the largest difference of tensors of equal shapes, relative to 1 + the largest that is expected.
+
+    It is NaN where any difference is.
+    """
     pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True) if a.numel()]
     scale = 1 + max((float(b.abs().max()) for _, b in pairs), default=0.0)
-    return max((float((a - b).abs().max()) for a, b in pairs), default=0.0) / scale
+    differences = [float((a - b).abs().max()) for a, b in pairs]
+    # max() of Python would pass over a NaN that is not the first.
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0) / scale
 
 
 @contextlib.contextmanager
