@@ -1,8 +1,8 @@
 """What dynamic int8 gains in recurrent layers and attention, and int8 in PyTorch's compiler, against fp32 in turns.
 
 `python -m benchmarks.kinds [recurrent] [attention] [compiled]`; `compiled` needs timm (with its torchvision) and a C++
-compiler. Shows a line for each network and form, and writes `results/kinds-recurrent.csv` and so on. Weights are random:
- the figures speak of speed, and of how far int8 is from fp32 on noise. One thread, timed in turns by the
+compiler. Shows a line for each network and form, and writes `results/kinds-recurrent.csv` and so on. Weights are
+random: the figures speak of speed, and of how far int8 is from fp32 on noise. One thread, timed in turns by the
 processor's clock, which other work on the machine does not stop.
 """
 
