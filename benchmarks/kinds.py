@@ -1,7 +1,7 @@
 """What dynamic int8 gains in recurrent layers and attention, and int8 in PyTorch's compiler, against fp32 in turns.
 
 `python -m benchmarks.kinds [recurrent] [attention] [compiled]`; `compiled` needs timm (with its torchvision) and a C++
-compiler. Shows a line for each network and form, and writes `results/kinds.csv` where nothing was named. Weights are
+compiler. Shows a line for each network and form, and writes `results/kinds-recurrent.csv` and so on. Weights are
 random: the figures speak of speed, and of how far int8 is from fp32 on noise. One thread, timed in turns by the
 processor's clock, which other work on the machine does not stop.
 """
@@ -27,7 +27,7 @@ from jettison.quantization.dynamic import quantize_dynamic
 from jettison.targets import find_target
 from jettison.targets.timing import compare_samples, sample_interleaved
 
-RESULTS = Path(__file__).with_name("results") / "kinds.csv"
+RESULTS = Path(__file__).with_name("results")
 HEAD = ("group", "network", "form", "speedup", "low", "high", "sqnr_db")
 ROUNDS = 30
 ANY_SIZE = dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), 1)
@@ -122,7 +122,7 @@ def measure_attention(folder: Path) -> Iterator[Row]:
 
 def measure_compiled(folder: Path) -> Iterator[Row]:
     """One picture; speed-ups are over ONNX Runtime in int8."""
-    for name in ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224"):
+    for name in ("mobilenetv2_100", "vit_tiny_patch16_224", "resnet50"):
         case = find_case(name)
         net, x = case.build().requires_grad_(False), case.calibrate()[:8]
         runs: dict[str, Callable[[], Any]] = {}
@@ -142,12 +142,10 @@ GROUPS = {"recurrent": measure_recurrent, "attention": measure_attention, "compi
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows: list[Row] = []
     for name in names or GROUPS:
         with tempfile.TemporaryDirectory() as folder:
-            rows += GROUPS[name](Path(folder))
-    if not names:
-        with open(RESULTS, "w", newline="") as file:
+            rows = list(GROUPS[name](Path(folder)))
+        with open(RESULTS / f"kinds-{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([HEAD, *rows])
 
 

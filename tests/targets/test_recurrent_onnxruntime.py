@@ -122,6 +122,20 @@ def test_first_states_are_taken(tmp_path: Path) -> None:
     assert float((swapped - found.module(x, h, c)[0]).abs().max()) > ONE_STEP
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_threads_share_sequences_and_their_ranges(kind: str, tmp_path: Path) -> None:
+    """The LSTM's kernel takes a range for the sequences of one thread: near, and no longer the same integers."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, 16)
+    traced = trace(Net(kind, "deep, both ways, batch first"), x)
+    path = write(traced, found := quantize(traced), tmp_path / "net.onnx")
+    for threads in (1, 2):
+        (given, *_) = target.predict(target.load(path, threads=threads), (x,))
+        off = (given - found.module(x)[0]).abs()
+        assert float(off.max()) < ONE_STEP
+        assert (float(off.median()) < SAME_INTEGERS) == (threads == 1 or kind == "gru")
+
+
 class Twice(nn.Module):
     """One LSTM called twice, another one, a GRU and a linear layer."""
 

@@ -147,7 +147,7 @@ def quantize(
 
     `kind` "static": weights int8 per channel, activations uint8 per tensor with ranges from `samples` calibration
     inputs. "dynamic": linear and recurrent layers int8, ranges found at each call; with `attention` products of two
-    activations, too, which was no faster where measured (0.90 to 1.05 times in ONNX Runtime). "weight-only": linear
+    activations, too, which was no faster where measured (0.86 to 1.03 times in ONNX Runtime). "weight-only": linear
     layers' weights in 4 or 8 `weight_bits`, in groups of `group_size` inputs. "fp16", "bf16": weights stored so,
     computed with in float32. Only "static" looks at more than the first item, with which the network is traced; it is
     left alone. `exclude` names layers that stay float. For "static", `ranges` names a way to choose ranges and `rungs`

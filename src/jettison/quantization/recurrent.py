@@ -16,9 +16,10 @@ from jettison.quantization.weight_only import place_constants, read_weight
 from jettison.targets.integer import Levels, quantize_linear
 from jettison.targets.recurrent import lstm_operator, scan_operator
 
-SMALLEST = {"lstm": 1, "gru": 256, "rnn_tanh": 128, "rnn_relu": 128}
-"""From how many units on integers are not slower. ONNX Runtime has a kernel for integer LSTMs (1.4 times faster than
-fp32 at 64 units); the others run step by step as a Scan, whose operators' calls cost more than they save below."""
+SMALLEST = {"lstm": 1, "gru": 256, "rnn_tanh": 64, "rnn_relu": 64}
+"""From how many units on integers are not slower (benchmarks/kinds.py). ONNX Runtime has a kernel for integer LSTMs,
+1.5 times faster than fp32 at 64 units. The others run step by step as a Scan, whose operators' calls cost more than
+they save in small GRUs: 0.5 times the speed at 128 units, 1.05 at 256. Plain layers are 1.05 times as fast at 64."""
 ORDERS = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2)}
 """Where the gates of the exported layer stand among torch's: input, forget, cell, output and reset, update, new."""
 
