@@ -49,6 +49,25 @@ class Net(nn.Module):
         return self.fc2(torch.relu(self.fc1(z)))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_batch_norm_folds_into_every_convolution(rank: int, groups: int) -> None:
+    """Transposed ones have their outputs second, and a share of them for each group; one is called twice."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 8, 3, padding="same", groups=groups)
+    up = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1]
+    twice = up(6, 6, 3, padding=1, groups=groups, bias=False)
+    net = nn.Sequential(conv, norm(8), up(8, 6, 2, stride=2, groups=groups), norm(6), nn.ReLU(), twice, norm(6), twice)
+    x = torch.randn(2, 4, *[4] * rank)
+    graph = trace(net, x)
+    folded = fold(graph, frozenset(SCHEME.weighted))
+    assert not [n for n in folded.graph.nodes if name_operator(n) == "aten.batch_norm.default"]
+    wanted, given = graph(x)[0], folded(x)[0]
+    assert float((wanted - given).abs().max() / wanted.abs().max()) < FOLD_TOLERANCE
+    given = quantize(graph, [(x,)], scheme=SCHEME).module(x)[0]
+    assert float((wanted - given).abs().max() / wanted.abs().max()) < 0.1, "PT2E finds nothing left to fold"
+
+
 def trace(module: nn.Module, x: Tensor) -> GraphModule:
     module.train()
     with torch.no_grad():

@@ -21,6 +21,7 @@ from jettison.core.errors import CalibrationError, NonFiniteError
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
 from jettison.quantization.fold import (
+    FOLDABLE,
     copy_graph,
     find_layers,
     fold_batch_norm,
@@ -131,7 +132,7 @@ def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
     folded = copy_graph(module)
     if "aten.linear.default" in weighted:
         write_linear(folded)
-    unshare(folded, weighted)
+    unshare(folded, weighted | FOLDABLE)
     fold_batch_norm(folded)
     keep_picture_axes(folded)
     return folded.requires_grad_(False)

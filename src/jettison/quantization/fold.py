@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding")
+TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
+FOLDABLE = frozenset({*CONVOLUTIONS, *TRANSPOSED, "aten.conv1d.padding", "aten.conv3d.default", "aten.conv3d.padding"})
+"""What a BatchNorm folds into, integer or not: PT2E folds what is left by itself, and stumbles over our buffers."""
 BATCH_NORM = "aten.batch_norm.default"
 IDENTITIES = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alias.default")
 
@@ -134,7 +137,7 @@ def fold_batch_norm(module: GraphModule) -> int:
         conv = node.args[0] if node.args else None
         if name_operator(node) != BATCH_NORM or not isinstance(conv, Node) or len(conv.users) != 1:
             continue
-        if name_operator(conv) not in CONVOLUTIONS or find_weight(conv) is None:
+        if name_operator(conv) not in FOLDABLE or find_weight(conv) is None:
             continue
         _fold_one(module, conv, node)
         folded += 1
@@ -149,11 +152,13 @@ def _fold_one(module: GraphModule, conv: Node, norm: Node) -> None:
     assert weight_node is not None
     weight_name = str(weight_node.target)
     weight = read_attribute(module, weight_name).detach().double()
+    groups = _count_groups(conv)
+    channels = weight.shape[1] * groups if name_operator(conv) in TRANSPOSED else weight.shape[0]
 
     def read(node: object, default: float) -> Tensor:
         if isinstance(node, Node):
             return read_attribute(module, str(node.target)).detach().double()
-        return torch.full((weight.shape[0],), default, dtype=torch.float64, device=weight.device)
+        return torch.full((channels,), default, dtype=torch.float64, device=weight.device)
 
     gamma, beta = read(norm.args[1], 1.0), read(norm.args[2], 0.0)
     mean, variance = read(norm.args[3], 0.0), read(norm.args[4], 1.0)
@@ -162,12 +167,23 @@ def _fold_one(module: GraphModule, conv: Node, norm: Node) -> None:
     factor = gamma / torch.sqrt(variance + eps)
     bias = read(conv.args[2] if len(conv.args) > 2 else None, 0.0)
     bias_name = weight_name.removesuffix("weight") + "bias"
-    set_buffer(module, weight_name, (weight * factor.view(-1, *[1] * (weight.ndim - 1))).float())
+    if name_operator(conv) in TRANSPOSED:  # (inputs, outputs of a group, ...): the inputs lie group after group
+        grouped = weight.unflatten(0, (groups, -1)) * factor.view(groups, 1, -1, *[1] * (weight.ndim - 2))
+        scaled = grouped.flatten(0, 1)
+    else:
+        scaled = weight * factor.view(-1, *[1] * (weight.ndim - 1))
+    set_buffer(module, weight_name, scaled.float())
     set_buffer(module, bias_name, (beta + (bias - mean) * factor).float())
     bias_node = _get_attribute(module, conv, bias_name, norm.args[2] if isinstance(norm.args[2], Node) else None)
     conv.args = (conv.args[0], weight_node, bias_node, *conv.args[3:])
     norm.replace_all_uses_with(conv)
     module.graph.erase_node(norm)
+
+
+def _count_groups(conv: Node) -> int:
+    groups = conv.args[6] if name_operator(conv) in TRANSPOSED and len(conv.args) > 6 else 1
+    assert isinstance(groups, int)
+    return groups
 
 
 def add_biases(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
