@@ -166,6 +166,7 @@ def quantize_with_torchao_unshared(case: Case, model: nn.Module, data: Inputs, f
                 graph.add_submodule(name, type(graph.get_submodule(node.target))())
                 node.target = name
             seen.add(node.target)
+        node.meta.clear()  # it names the module the activation had before, and the quantizer would believe it
     graph.recompile()
     return quantize_with_torchao(case, graph.eval(), data, folder)
 

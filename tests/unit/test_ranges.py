@@ -88,6 +88,20 @@ def test_ranges_are_the_same_however_many_samples_run_at_once(
     assert len(steps[0]) > 2 and steps[0] == pytest.approx(steps[1], rel=SUMMING)
 
 
+def test_the_converted_graph_shares_no_memory_with_the_folded_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 12, 12)
+    folded = convert.fold(trace_module(Net().eval(), (x,)).module, frozenset(scheme().weighted))
+    held = {name: value.clone() for name, value in folded.state_dict().items()}
+    given = {"scheme": scheme(), "exclude": ("head",), "ranger": ranges.span_mse}
+    converted = convert.convert(folded, [(x,)], **given)
+    tensors = dict(converted.state_dict())
+    assert torch.equal(tensors["head.weight"], held["head.weight"])
+    for value in tensors.values():
+        value.zero_()
+    assert all(torch.equal(value, held[name]) for name, value in folded.state_dict().items())
+
+
 def test_a_fixed_batch_runs_whole() -> None:
     class Fixed(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def convert(
 ) -> GraphModule:
     """Return the integer form of a folded graph, every weight rounded to nearest; `folded` is left alone."""
     operators = frozenset(scheme.weighted)
-    copied = copy_graph(folded)
+    copied = copy_graph(folded, share=True)
     layers = find_layers(copied, operators)
     names = {node.name: tuple(str(a.target) for a in node.args[1:3] if isinstance(a, Node)) for node in layers.values()}
     with quiet_torchao(), torch.no_grad():
@@ -96,7 +96,18 @@ def convert(
                 prepared(*part)
         _round_weights(prepared, scheme, weights)
         converted = convert_pt2e(prepared)
-    return _tidy(converted, names)
+    result = _tidy(converted, names)
+    _own_tensors(result, folded)
+    return result
+
+
+def _own_tensors(converted: GraphModule, folded: GraphModule) -> None:
+    """Give the graph copies of what it has in common with the folded one: who trains one must not change the other."""
+    held = {read_attribute(folded, str(n.target)).data_ptr() for n in folded.graph.nodes if n.op == "get_attr"}
+    for name in {str(n.target) for n in converted.graph.nodes if n.op == "get_attr"}:
+        value = read_attribute(converted, name)
+        if value.data_ptr() in held:
+            set_buffer(converted, name, value.detach().clone())
 
 
 def choose_rows(module: GraphModule) -> int | None:

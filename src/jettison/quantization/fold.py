@@ -204,15 +204,17 @@ def add_biases(module: GraphModule, weighted: frozenset[str] | set[str]) -> None
     module.recompile()
 
 
-def copy_graph(module: GraphModule) -> GraphModule:
+def copy_graph(module: GraphModule, *, share: bool = False) -> GraphModule:
     """Copy graph and tensors, in-place calls written as ordinary ones; the caller's module is left alone.
 
-    deepcopy would also take the tracer's leftovers, and warn about them.
+    With `share` the tensors are the module's own: for those who replace tensors and write into none. deepcopy would
+    also take the tracer's leftovers, and warn about them.
     """
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    copied = GraphModule({name: read_attribute(module, name).detach().clone() for name in names}, graph).eval()
+    held = {name: read_attribute(module, name).detach() for name in names}
+    copied = GraphModule(held if share else {name: x.clone() for name, x in held.items()}, graph).eval()
     replace_in_place(copied)
     return copied
 

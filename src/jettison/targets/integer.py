@@ -71,6 +71,11 @@ class IntegerScheme:
     summed: frozenset[str] = frozenset()
     cuts: bool = True
 
+    @property
+    def integer(self) -> frozenset[str]:
+        """The operators that compute on integers, or move them."""
+        return frozenset({*self.weighted, *self.requantized, *self.shared, *self.inherited})
+
 
 def quantize_linear(x: Tensor, scale: Tensor, zero_point: Tensor | int, levels: Levels) -> Tensor:
     """Return the integers of `x` as float32; `scale` and `zero_point` broadcast against `x`."""
