@@ -37,8 +37,8 @@ def test_compress_for(name: str, trained: torch.nn.Module, tmp_path: Path) -> No
     target = importlib.import_module(f"jettison.targets.{name}")
     integer = "int8" in target.PRECISIONS
     recipe = jt.Recipe(**{**vars(QUICK), "quantize": integer})
-    # Float alone is no faster here, once halved, than a busy machine can hide.
-    budget = LOOSE if integer else jt.Budget(macs=0.5)
+    # PyTorch's calls cost more than computing so small a network: nothing makes it reliably faster there.
+    budget = jt.Budget(macs=0.5) if target.PACKAGE == "torch" else LOOSE
     result = jt.compress(
         trained, split_digits()[0], budget=budget, target=name, recipe=recipe,
         evaluate=jt.accuracy(make_test_batches()), out=tmp_path / "run", quiet=True,
@@ -51,7 +51,7 @@ def test_compress_for(name: str, trained: torch.nn.Module, tmp_path: Path) -> No
     if integer:
         assert all(layer.integer for layer in record.layers)
         stand_in = any("times of ONNX Runtime" in note for note in record.notes)
-        assert stand_in == (name not in RUNTIMES)
+        assert stand_in == (name not in RUNTIMES and budget is LOOSE)
     saved = result.save(tmp_path / "saved")
     code = f"{record.load_example}\nprint([list(y.shape) for y in outputs])"
     done = subprocess.run([sys.executable, "-c", code], cwd=saved, capture_output=True, text=True, check=False)

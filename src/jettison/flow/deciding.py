@@ -135,6 +135,8 @@ def _decide_by_latency(
         if again.kept == plan.kept:
             break
         plan = again
+    if best is None and not plan.feasible:
+        plan = make_plan(sensitivity, costs, limits)  # the margin may ask for more than the limits do
     return best or plan
 
 
