@@ -122,7 +122,7 @@ def measure_attention(folder: Path) -> Iterator[Row]:
 
 def measure_compiled(folder: Path) -> Iterator[Row]:
     """One picture; speed-ups are over ONNX Runtime in int8."""
-    for name in ("mobilenetv2_100", "vit_tiny_patch16_224", "resnet50"):
+    for name in ("mobilenetv2_100", "vit_tiny_patch16_224"):
         case = find_case(name)
         net, x = case.build().requires_grad_(False), case.calibrate()[:8]
         runs: dict[str, Callable[[], Any]] = {}
