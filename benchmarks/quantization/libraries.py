@@ -181,7 +181,9 @@ def quantize_with_ai_edge(case: Case, model: nn.Module, data: Inputs, folder: Pa
     litert_torch.convert(model, _first(data, 1)).export(str(source))
     given = ai_edge.Quantizer(str(source), recipe.static_wi8_ai8())
     key, names = next(iter(_read_signature(source).items()))
-    inputs = {key: [{n: x.numpy() for n, x in zip(names, item, strict=True)} for item in split(data, 1)]}
+    # The converter makes int32 of whole numbers.
+    narrow = tuple(x.int() if x.dtype == torch.int64 else x for x in data)
+    inputs = {key: [{n: x.numpy() for n, x in zip(names, item, strict=True)} for item in split(narrow, 1)]}
     path.write_bytes(bytes(given.quantize(given.calibrate(inputs)).quantized_model))
     return path
 

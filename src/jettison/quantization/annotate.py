@@ -23,7 +23,7 @@ from jettison.core.errors import CalibrationError
 from jettison.quantization.bits import find_tensor_levels, read_weight_levels
 from jettison.quantization.fold import find_layers, find_weight, name_operator
 from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale, span_unit
-from jettison.quantization.sums import find_float_sums
+from jettison.quantization.reads import find_read
 from jettison.targets.integer import IntegerScheme, Levels
 
 KEY = "quantization_annotation"
@@ -107,12 +107,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         self.levels: dict[Node, Levels] = {}
         self.annotated: set[Node] = set()
         self.summed: set[Node] = set()
-        self.floats: frozenset[Node] = frozenset()
+        self.read: frozenset[Node] = frozenset()
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate `model` in place, as PT2E asks, and return it."""
         self.levels = find_tensor_levels(model, self.scheme)
-        self.floats = find_float_sums(model, self.scheme, self.exclude)
+        self.read = find_read(model, self.scheme, self.exclude)
         for name, node in find_layers(model, frozenset(self.scheme.weighted)).items():
             if name not in self.exclude:
                 self._annotate_weighted(name, node)
@@ -209,9 +209,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         return isinstance(source, Node) and name_operator(source) in self.scheme.summed and self._end_of(source) is end
 
     def _ends_in_float(self, node: Node) -> bool:
-        """Say if nobody on the integer side reads this output, so that quantizing it would cost and bring nothing."""
-        users = self._end_of(node).users
-        return not any(name_operator(user) in self.scheme.integer and user not in self.floats for user in users)
+        """Say if no integer layer reads this output, so that rounding it would cost and bring nothing."""
+        return self._end_of(node) not in self.read
 
     def _annotate_requantized(self, node: Node) -> None:
         sources = [a for a in node.args if isinstance(a, Node)]
@@ -219,7 +218,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         both = name_operator(node) not in ("aten.add.Tensor", "aten.mul.Tensor") or len(tensors) == 2
         if not both or not all(a.meta["val"].is_floating_point() for a in tensors):
             return
-        if node in self.floats or not any(self._is_quantized(tensor) or tensor in self.summed for tensor in tensors):
+        if not any(self._is_quantized(tensor) or tensor in self.summed for tensor in tensors):
             return
         inputs: dict[Node, object] = {tensor: self._specify(tensor) for tensor in tensors if tensor not in self.summed}
         self._give(node, inputs, self._specify(self._end_of(node)))
