@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from jettison.core.budget import Budget
 from jettison.core.errors import BudgetError, FixedSize, InputError, StorageError, VerificationError
@@ -31,12 +30,13 @@ from jettison.flow.delivering import ResultKind, check_kind, deliver, save_modul
 from jettison.flow.evaluation import Evaluate, agreement
 from jettison.flow.folder import RunFolder, fingerprint, open_folder
 from jettison.flow.proving import Measurements, count_widths, measure_variants, run_checks
+from jettison.flow.reading import trace_small
 from jettison.flow.recording import Checks, build_record
 from jettison.flow.recovering import distil_from_original, refit
 from jettison.flow.run import Run, export_file, nest_predict
 from jettison.flow.schemes import find_scheme
 from jettison.graph.expressible import explain_whole, find_inexpressible
-from jettison.graph.groups import Graph, trace
+from jettison.graph.groups import Graph, build_graph
 from jettison.graph.trace import nest
 from jettison.progress import show_progress
 from jettison.pruning.choice import read_widths
@@ -146,7 +146,7 @@ def compress(
     # The caller may stand inside no_grad or inference_mode; gradients are switched on where something learns.
     with show_progress(not quiet), torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
         data, arguments, keywords = make_calibration(calibration, model, seal=evaluate is None, seed=seed, device=where)
-        graph = _trace_small(model, arguments, keywords)
+        graph = build_graph(trace_small(model, arguments, keywords))
         read_widths(graph, recipe)  # refuses names that nothing answers to
         if result == "eager" and recipe.prune:
             recipe = _protect_inexpressible(model, graph, recipe)
@@ -282,21 +282,6 @@ def _device_of(model: nn.Module) -> torch.device:
         raise InputError(f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the network itself.")
     tensors = [*model.parameters(), *model.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Graph:
-    """Trace with two samples; where the network fixes its batch, with the batch as it came."""
-
-    def shorten(value: Any) -> Any:
-        return value[:2] if isinstance(value, Tensor) and value.dim() else value
-
-    small_args, small_kwargs = pytree.tree_map(shorten, (arguments, keywords))
-    graph = None
-    with contextlib.suppress(InputError):  # perhaps two samples are too few: the whole batch decides, and reports
-        graph = trace(model, small_args, small_kwargs)
-    if graph is None or not graph.traced.dynamic_batch:
-        graph = trace(model, arguments, keywords)
-    return graph
 
 
 def _open(out: Path | str | None, graph: Graph, data: Calibration, settings: dict[str, Any]) -> RunFolder:

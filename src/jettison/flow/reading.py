@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from jettison.core.errors import InputError, ShapeError
+from jettison.core.errors import InputError, ShapeError, TraceError
 from jettison.flow.calibration import Calibration, make_calibration
 from jettison.graph.groups import Graph
-from jettison.graph.trace import Batch, Traced
+from jettison.graph.trace import Batch, Traced, trace_module
 
 Data = Iterable[Any] | Tensor
 
@@ -84,3 +85,17 @@ def check_like(traced: Traced, tensors: Batch) -> None:
                 f"Input {name!r} has shape {tuple(mine.shape)} ({mine.dtype}), the network was traced with "
                 f"{tuple(example.shape)} ({example.dtype}). Give inputs like those, or trace it with such as these."
             )
+
+
+def trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Traced:
+    """Trace with the first two samples of a batch, which cost less to run; with all where the network wants so many."""
+
+    def shorten(value: Any) -> Any:
+        return value[:2] if isinstance(value, Tensor) and value.dim() else value
+
+    few, named = pytree.tree_map(shorten, (arguments, dict(keywords)))
+    with contextlib.suppress(InputError, TraceError):  # the whole batch is tried next, and tells what is wrong with it
+        traced = trace_module(model, few, named)
+        if traced.dynamic_batch:
+            return traced
+    return trace_module(model, arguments, keywords)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from jettison.core.budget import Budget
-from jettison.core.errors import InputError, ShapeError, TraceError
+from jettison.core.errors import InputError
 from jettison.core.plan import Plan
 from jettison.core.recipe import Recipe
 from jettison.core.record import Check
@@ -22,7 +21,15 @@ from jettison.flow.calibration import list_digests, make_calibration
 from jettison.flow.costs import make_cost_model
 from jettison.flow.kinds import apply_kind, check_kind
 from jettison.flow.planning import make_plan, read_limits
-from jettison.flow.reading import Data, check_graph, check_like, fit_batch, order_inputs, read_calibration
+from jettison.flow.reading import (
+    Data,
+    check_graph,
+    check_like,
+    fit_batch,
+    order_inputs,
+    read_calibration,
+    trace_small,
+)
 from jettison.flow.recovering import make_schedule, train_if_better
 from jettison.flow.run import split_judges
 from jettison.flow.schemes import find_scheme
@@ -167,7 +174,7 @@ def quantize(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng():
         data, arguments, keywords = make_calibration(calibration, model, seal=False, seed=seed, device=device)
-        traced = _trace_small(model, arguments, keywords)
+        traced = trace_small(model, arguments, keywords)
         if kind == "static":
             batches = fit_batch(data, traced).take(samples)
             own, floats = split_bits(bits or {})
@@ -186,18 +193,6 @@ def quantize(
             options: dict[str, Any] = {"weight_bits": weight_bits, "group_size": group_size, "exclude": exclude}
             found = apply_kind(traced.module, kind, scheme=scheme, target=target, attention=attention, **options)
     return replace(found, module=nest(found.module, traced.in_spec, traced.out_spec))
-
-
-def _trace_small(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Traced:
-    """Trace with the first two rows of a batch, which cost less to run; with all where the network wants so many."""
-    few, named = pytree.tree_map(lambda x: x[:2], (arguments, keywords))
-    try:
-        traced = trace_module(model, few, named)
-        if traced.dynamic_batch:
-            return traced
-    except (ShapeError, TraceError):
-        pass  # the whole batch is tried next, and tells what is wrong with its own shapes
-    return trace_module(model, arguments, keywords)
 
 
 def export(model: nn.Module, inputs: Any, path: Path | str, *, target: str = "onnxruntime") -> Path:
