@@ -148,7 +148,10 @@ def keep_row(row: Row, file: Path) -> list[dict[str, str]]:
     fresh = {key: str(value) for key, value in vars(row).items()}
     olds = list(csv.DictReader(file.open(newline=""))) if file.exists() else []
     kept = [old for old in olds if any(old[key] != fresh[key] for key in SAME)]
-    rows = sorted([*kept, fresh], key=lambda r: (r["network"], -int(r["weight_bits"]), -int(r["ends_bits"])))
+    rows = sorted(
+        [*kept, fresh],
+        key=lambda r: (r["network"], -int(r["weight_bits"]), -int(r["ends_bits"]), float(r["seconds"])),
+    )
     with file.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, list(fresh))
         writer.writeheader()
