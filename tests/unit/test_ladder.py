@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from jettison.quantization.adaround import learn_rounding
 from jettison.quantization.bias_correction import find_shift
 from jettison.quantization.gptq import (
-    Moments,
     damp,
     fit_scale,
     measure_error,
@@ -21,7 +20,9 @@ from jettison.quantization.gptq import (
     round_gptq,
     round_to,
     search_scale,
+    solve_layer,
 )
+from jettison.quantization.moments import Moments, Sums
 from jettison.quantization.weights import unfold
 from jettison.targets.integer import Levels
 
@@ -113,6 +114,44 @@ def test_refitting_takes_back_what_the_layers_before_changed() -> None:
     assert float((found @ given - wanted).square().sum()) < 1e-4 * float((weight @ given - wanted).square().sum())
     same = Moments(moments.own, moments.own, moments.mean, moments.mean)
     assert torch.allclose(refit(weight, same, 0.01), weight, atol=1e-4)
+
+
+def count_moments(x: Tensor, pictures: int) -> tuple[Tensor, Tensor]:
+    """The own moments of `(inputs, positions)` in parts of eight pictures, shrunk, and as they were counted."""
+    sums = Sums()
+    for part in x.unflatten(1, (pictures // 8, -1)).unbind(1):
+        sums.add([part.unsqueeze(0)])
+    (mean,), (shrunk,) = sums.read()
+    gap = x.double() - mean.mT
+    return shrunk[0], gap @ gap.mT / x.shape[1]
+
+
+def test_moments_of_few_pictures_lose_their_noise_and_those_of_many_stay() -> None:
+    few, raw = count_moments(torch.randn(60, 96), 96)
+    truth = torch.eye(60)  # one position a picture, as a classifier sees
+    assert float((few - truth).square().sum()) < 0.3 * float((raw - truth).square().sum())
+    assert torch.allclose(few.diagonal(), raw.diagonal())
+    many, raw = count_moments(correlated(1, 12, 40_000)[0], 800)
+    assert float((many - raw).norm()) < 0.01 * float((raw - torch.diag(raw.diagonal())).norm())
+
+
+def test_positions_of_one_picture_are_not_counted_as_samples() -> None:
+    pictures = torch.randn(60, 96)
+    (once, _), (often, _) = count_moments(pictures, 96), count_moments(pictures.repeat_interleave(49, 1), 96)
+    assert torch.allclose(once, often, atol=1e-6)
+
+
+def test_the_scale_is_the_best_of_those_a_pass_is_made_with() -> None:
+    x, weight = correlated(2, 64, 1000), torch.randn(2, 48, 64)
+    moments = Moments(x @ x.mT / 1000, x @ x.mT / 1000, torch.zeros(2, 64), torch.zeros(2, 64))
+    hessian, nothing = damp(moments.own, 0.01), torch.zeros(2, 48)
+    integers, scale = solve_layer(weight, moments, nothing, INT4)
+    error = measure_error(weight, integers, hessian, scale)
+    first = search_scale(weight, moments.own.diagonal(dim1=1, dim2=2), INT4, nothing)
+    once = measure_error(weight, round_gptq(weight, moments.own, first, INT4), hessian, first)
+    assert bool((error <= once * (1 + 1e-4)).all()) and float(error.sum()) < 0.9 * float(once.sum())
+    floor = 2 * first  # a scale that the bias needs is kept
+    assert bool((solve_layer(weight, moments, floor, INT4)[1] >= floor).all())
 
 
 def test_scales_weigh_inputs_by_what_they_carry() -> None:

@@ -1,16 +1,17 @@
 """GPTQ (Frantar et al., 2023): round a weight column by column, each column's error made up for by the later ones.
 
-We depart from the paper in five places. Second moments are taken about the mean, and the bias takes the mean's error,
-which is the least-squares optimum over both. Before rounding, the weight is refitted so that on the *quantized* inputs
-it gives what the float layer gave on float inputs; a layer whose output is added to another tensor also makes up for
-what that one lacks, as far as its own inputs tell. Scales are searched with the diagonal of the Hessian as importance.
-After the one pass, columns are revisited with all others fixed (QuantEase, Behdin et al., 2023), which never raises the
-error. Convolutions are unfolded; each group has its own Hessian, and all groups are done at once.
+We depart from the paper in six places. Second moments are taken about the mean, and the bias takes the mean's error,
+which is the least-squares optimum over both; what chance put into them is taken out (see `moments`). Before rounding,
+the weight is refitted so that on the *quantized* inputs it gives what the float layer gave on float inputs; a layer
+whose output is added to another tensor also makes up for what that one lacks, as far as its own inputs tell. Scales are
+searched with the diagonal of the Hessian as importance, and around the best a few more are tried with a whole pass.
+Then columns are revisited with all others fixed (QuantEase, Behdin et al., 2023), which never raises the error.
+Convolutions are unfolded; each group has its own Hessian, and all groups are done at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,68 +19,20 @@ from torch.fx import GraphModule
 
 from jettison.quantization.bits import read_levels
 from jettison.quantization.fold import copy_graph
+from jettison.quantization.moments import Moments, measure_moments
 from jettison.quantization.ranges import GRID_POINTS, SMALLEST_SHARE
-from jettison.quantization.replay import Batches, Layer, walk_layers
-from jettison.quantization.weights import (
-    choose_every,
-    count_groups,
-    cut_batch,
-    find_smallest_scale,
-    fold_outputs,
-    read_weight,
-    split_rows,
-    unfold,
-    write_weight,
-)
+from jettison.quantization.replay import Batches, walk_layers
+from jettison.quantization.weights import count_groups, find_smallest_scale, read_weight, split_rows, write_weight
 from jettison.targets.integer import IntegerScheme, Levels
 
 DAMPING = 0.01
 """Share of the Hessian's mean diagonal that is added to it."""
+SHARES = (1.0, 0.82, 0.9, 1.1, 1.2)
+"""Scales that a pass is made with, in units of the one with the least error of rounding to nearest: where later columns
+make up for earlier ones, another may serve better."""
 ROUNDS, SWEEPS = 2, 2
 """How often scales are fitted to the integers, and how often then all columns are revisited."""
 BLOCK = 128
-POSITIONS = 2**18
-"""Columns of unfolded input from one layer that enter its moments, evenly over the batches."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments about the mean of a layer's inputs, each `(groups, inputs, inputs)`, and the means.
-
-    `own` is of the quantized inputs with themselves, `cross` of the float inputs (rows) with the quantized ones.
-    `missing` `(groups, rows, inputs)` and `missing_mean` are of what the tensor added to the output lacks against the
-    float one.
-    """
-
-    own: Tensor
-    cross: Tensor
-    mean: Tensor
-    float_mean: Tensor
-    missing: Tensor | None = None
-    missing_mean: Tensor | None = None
-
-
-def measure_moments(layer: Layer, shape: torch.Size, *, dtype: torch.dtype = torch.float32) -> Moments:
-    """Return the moments of a layer's inputs over all batches, summed in float64 and given as `dtype`."""
-    sums: list[Tensor] = []
-    groups, count, every = count_groups(layer.node), 0, 0
-    for tensors in layer.tensors():
-        for part in cut_batch(tensors, shape):
-            if every == 0:
-                positions = unfold(part[0][:1], layer.node, shape).shape[-1] * layer.count
-                every = choose_every(positions, POSITIONS)
-            columns, floats = (unfold(x, layer.node, shape, every) for x in part[:2])
-            gaps = [fold_outputs(y, layer.node, groups, every) for y in part[2:]]
-            found = [columns @ columns.mT, columns.sum(-1)]
-            for other in (floats, *gaps):
-                found += [other @ columns.mT, other.sum(-1)]
-            sums = [a + b.double() for a, b in zip(sums, found, strict=True)] if sums else [b.double() for b in found]
-            count += columns.shape[-1]
-    products, means = [x / count for x in sums[::2]], [x / count for x in sums[1::2]]
-    centred = [p - m.unsqueeze(2) * means[0].unsqueeze(1) for p, m in zip(products, means, strict=True)]
-    centred, means = [x.to(dtype) for x in centred], [x.to(dtype) for x in means]
-    rest = (centred[2], means[2]) if len(centred) > 2 else (None, None)
-    return Moments(centred[0], centred[1], means[0], means[1], *rest)
 
 
 def damp(hessian: Tensor, damping: float) -> Tensor:
@@ -204,12 +157,20 @@ def measure_error(weight: Tensor, integers: Tensor, hessian: Tensor, scale: Tens
 
 
 def solve_layer(
-    weight: Tensor, moments: Moments, scale: Tensor, smallest: Tensor, levels: Levels, *, damping: float = DAMPING
+    weight: Tensor, moments: Moments, smallest: Tensor, levels: Levels, *, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor]:
-    """Return integers and scales for a refitted weight: search, one pass, then revisits and scales in turn."""
+    """Return integers and scales for a refitted weight: the best of a pass with each of a few scales, then revised."""
     hessian = damp(moments.own, damping)
-    scale = search_scale(weight, moments.own.diagonal(dim1=-2, dim2=-1), levels, smallest)
-    integers = round_gptq(weight, moments.own, scale, levels, damping=damping)
+    first = search_scale(weight, moments.own.diagonal(dim1=-2, dim2=-1), levels, smallest)
+    integers, scale = torch.zeros_like(weight), first
+    least = torch.full_like(first, float("inf"))
+    for share in SHARES:
+        tried = torch.maximum(first * share, smallest)
+        found = round_gptq(weight, moments.own, tried, levels, damping=damping)
+        error = measure_error(weight, found, hessian, tried)
+        better = error < least
+        integers, scale = torch.where(better.unsqueeze(-1), found, integers), torch.where(better, tried, scale)
+        least = torch.minimum(error, least)
     for _ in range(ROUNDS):
         scale = fit_scale(weight, integers, hessian, scale, smallest)
         integers = revisit(weight, integers, hessian, scale, levels, sweeps=SWEEPS)
@@ -235,9 +196,7 @@ def apply_gptq(
         moments = measure_moments(layer, shape, dtype=dtype)
         smallest = find_smallest_scale(found).to(dtype).view(groups, -1)
         target = refit(rows, moments, damping)
-        integers, scale = solve_layer(
-            target, moments, found.scale.to(dtype).view(groups, -1), smallest, read_levels(layer.node), damping=damping
-        )
+        integers, scale = solve_layer(target, moments, smallest, read_levels(layer.node), damping=damping)
         bias, own = found.bias, layer.bias
         if bias is not None and own is not None:
             rounded = integers * scale.unsqueeze(-1)

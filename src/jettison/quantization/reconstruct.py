@@ -36,8 +36,11 @@ DROP = 0.5
 WAY = 0.5
 """How far from the integers towards the weights learning starts: from the weights themselves it needs hundreds of steps
 more to come back to what GPTQ found."""
-SLOW_RATE = 2e-3
-"""Learning rate of the logarithm of an activation's step, and of a bias in units of its layer's mean one."""
+GROWTH_RATE = 2e-3
+"""Learning rate of the logarithm of an activation's step."""
+BIAS_TRAVEL = 3.0
+"""Learning rate times steps of a bias, in units of its layer's mean one. With 0.2, 100 steps from rounding to
+nearest took back less than correcting the biases alone."""
 QUANTIZE, DEQUANTIZE = "jettison.quantize_per_tensor.default", "quantized_decomposed.dequantize_per_tensor.default"
 
 
@@ -189,8 +192,13 @@ def _learn(
     device = given[0].device
     generator = torch.Generator(device=device).manual_seed(seed)
     rounding = [v for _, _, v, _ in learner.weights.values()]
-    slow = [*learner.growth.values(), *learner.shifts.values()]
-    optimizer = torch.optim.Adam([{"params": rounding, "lr": choose_rate(steps)}, {"params": slow, "lr": SLOW_RATE}])
+    optimizer = torch.optim.Adam(
+        [
+            {"params": rounding, "lr": choose_rate(steps)},
+            {"params": list(learner.growth.values()), "lr": GROWTH_RATE},
+            {"params": list(learner.shifts.values()), "lr": BIAS_TRAVEL / max(steps, 1)},
+        ]
+    )
     for step in range(steps):
         i = int(torch.randint(len(given), (), generator=generator, device=device))
         pick = torch.randperm(len(given[i]), generator=generator, device=device)[:BATCH]

@@ -158,8 +158,11 @@ def name_axis(node: Node) -> int:
     return -1 if name_operator(node) == "aten.linear.default" else 1
 
 
-def cut_batch(tensors: Sequence[Tensor], shape: torch.Size) -> list[tuple[Tensor, ...]]:
-    """Cut a batch, its input first, so that the unfolded input for a weight of that shape stays small."""
+def cut_batch(tensors: Sequence[Tensor], shape: torch.Size, most: int = CHUNK) -> list[tuple[Tensor, ...]]:
+    """Cut a batch, its input first, so that the unfolded input for a weight of that shape stays small.
+
+    No part has more than `most` items.
+    """
     one = max(1, tensors[0][0].numel() * shape[2:].numel())
-    size = max(1, CHUNK // one)
+    size = min(most, max(1, CHUNK // one))
     return list(zip(*(x.split(size) for x in tensors), strict=True))
