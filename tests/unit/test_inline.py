@@ -87,3 +87,22 @@ def test_large_weights_are_no_infinite_ones(bad: float) -> None:
         model.weight[0, 0] = bad
     with pytest.raises(NonFiniteError, match="1 NaN or infinite"):
         trace_module(model, (torch.zeros(2, 4),))
+
+
+class Reserved(nn.Module):
+    """Its inputs are named by words of Python's own, as that of nn.Sequential is."""
+
+    def forward(self, input: Tensor, max: Tensor) -> Tensor:  # noqa: A002 - the point
+        return input + max.relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), 1), (Reserved(), 2)]
+)
+def test_a_copy_keeps_the_names_of_all_nodes(model: nn.Module, count: int) -> None:
+    traced = trace_module(model.eval(), tuple(torch.randn(3, 4) for _ in range(count)))
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(traced.module.graph, {}))
+    names = [n.name for n in traced.module.graph.nodes]
+    assert [n.name for n in copy.nodes] == names
+    assert list(traced.input_names) == [n.name for n in traced.module.graph.nodes if n.op == "placeholder"]

@@ -33,7 +33,19 @@ def inline_tensors(program: torch.export.ExportedProgram) -> fx.GraphModule:
         reader.meta = placeholder.meta
         placeholder.replace_all_uses_with(reader)
         graph.erase_node(placeholder)
+    _keep_names(graph)
     return module
+
+
+def _keep_names(graph: fx.Graph) -> None:
+    """Rename nodes whose names a copy of the graph would change, as `input`, a word of Python's own.
+
+    torch.export sets such names past the graph's own rules. A node of a pruned copy is found by its name.
+    """
+    rules = fx.graph._Namespace()
+    for node in graph.nodes:
+        if rules.create_name(node.name, None) != node.name:
+            node.name = graph._graph_namespace.create_name(node.name, node)
 
 
 def _leave_to_torch(program: torch.export.ExportedProgram) -> fx.GraphModule:
