@@ -35,9 +35,10 @@ Every model is traced without hints, pruned to half of its MACs with random choi
 - **own class**: share of the MACs that went where all had to stay the model's own class (`result="eager"`): prune
   groups that its source cannot express stay whole.
 - Other libraries ran the same models with their defaults, asked for half of the channels, the layers of the outputs
-  left alone, at least 60 seconds of processor time each. *Works* there means: runs, the outputs keep their shapes and
-  are finite, a quarter of the MACs is gone; whether the network is right was not checked. *Heads given by hand*: the
-  models of timm whose attention has a fused projection and a head count; the others have nothing to be told.
+  left alone, at least 60 seconds of processor time each (30 for most rows of torch-kirigami, which say so). *Works*
+  there means: runs, the outputs keep their shapes and are finite, a quarter of the MACs is gone; whether the network is
+  right was not checked. *Heads given by hand*: the models of timm whose attention has a fused projection and a head
+  count; the others have nothing to be told.
 """
 
 SPEED = """Processor time, one thread: the analysis alone of growing networks; then ResNet-50, here from the module to a

@@ -97,7 +97,7 @@ def test_what_is_not_known_stays_float() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = nn.Parameter(torch.randn(8, 8))
+            self.table = nn.Parameter(torch.randn(4, 8, 8))
 
         def forward(self, x: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(x, x, x, is_causal=True) @ self.table

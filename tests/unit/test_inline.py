@@ -92,7 +92,7 @@ def test_large_weights_are_no_infinite_ones(bad: float) -> None:
 class Reserved(nn.Module):
     """Its inputs are named by words of Python's own, as that of nn.Sequential is."""
 
-    def forward(self, input: Tensor, max: Tensor) -> Tensor:  # noqa: A002 - the point
+    def forward(self, input: Tensor, max: Tensor) -> Tensor:
         return input + max.relu()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import jettison as jt
-from jettison.flow import stages
+from jettison.flow import reading
 from jettison.graph.trace import trace_module
 from jettison.quantization import convert, quantize, ranges
 from jettison.quantization.ranges import HALF_BINS, Histogram, choose_weight_scale
@@ -35,8 +35,10 @@ def search_whole_grid(weight: Tensor, levels: Levels) -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("power", [1, 5])
-def test_leaving_the_grid_early_changes_no_weight_scale(bits: int, power: int) -> None:
-    levels, weight = Levels(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1, True), draw_weight(bits) ** power
+@pytest.mark.parametrize("least", [0, 1])
+def test_leaving_the_grid_early_changes_no_weight_scale(bits: int, power: int, least: int) -> None:
+    """Also where the integers reach one further below zero than above, as those of weights in groups."""
+    levels, weight = Levels(least - 2 ** (bits - 1), 2 ** (bits - 1) - 1, True), draw_weight(bits) ** power
     assert torch.equal(choose_weight_scale(weight, 0, levels), search_whole_grid(weight, levels))
 
 
@@ -125,7 +127,7 @@ def test_a_network_is_traced_with_two_samples_where_it_takes_them(monkeypatch: p
         traced.append(len(inputs[0]))
         return trace_module(model, inputs, keywords)
 
-    monkeypatch.setattr(stages, "trace_module", watch)
+    monkeypatch.setattr(reading, "trace_module", watch)
     found = jt.quantize(Picky().eval(), [torch.randn(6, 3, 12, 12)])
     assert traced == ([2] if least == 1 else [2, 6])
     assert [site.bits for site in found.sites] in ([8, 8, 8], [7, 7, 7])

@@ -203,13 +203,13 @@ class TestPlanted:
         assert not check_quantized_round_trip(quantized, draw()).passed
 
     def test_one_scale(self, quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A scale written with seven digits, as a careless printer would."""
+        """A scale written with six digits, as a careless printer would."""
 
         def load(folder: Path) -> Quantized:
             found = storing.load_quantized(folder)
             for node in found.module.graph.nodes:
                 if "quantize_per_tensor" in str(node.target):
-                    node.update_arg(1, float(f"{node.args[1]:.7g}"))
+                    node.update_arg(1, float(f"{node.args[1]:.6g}"))
             found.module.recompile()
             return found
 

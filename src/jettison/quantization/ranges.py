@@ -220,7 +220,8 @@ def _search_grid(rows: Tensor, most: Tensor, levels: Levels) -> Tensor:
     best, least = most.clone(), torch.full_like(most, float("inf"))
     shares = torch.linspace(1.0, SMALLEST_SHARE, GRID_POINTS, device=rows.device)
     tops = rows.abs().topk(min(WATCHED, rows.shape[1]), dim=1).values
-    ends = most[:, None] * shares * levels.q_max
+    # The farther end, as that of -8 to 7: what only the nearer one cuts off may lie on the other side.
+    ends = most[:, None] * shares * max(levels.q_max, -levels.q_min)
     floors = (tops[:, None] - ends[:, :, None]).clamp_(min=0).square_().sum(2)
     at, work = torch.arange(len(rows), device=rows.device), torch.empty_like(rows)
     for index, share in enumerate(shares):
