@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +191,14 @@ def test_the_profile_of_eager_names_layers(graph: GraphModule, tmp_path: Path) -
     assert {"stem.0", "two.3", "fc"} <= {s.name for s in shares} and all(s.ms > 0 for s in shares)
     with pytest.raises(InputError, match="one piece"):
         inductor.profile(path, [], threads=1)
+
+
+def test_a_float_graph_is_read_in_a_process_that_has_quantized_nothing() -> None:
+    """PT2E's operators are not there yet."""
+    code = (
+        "import torch\nfrom torch import nn\nfrom jettison.graph.trace import trace_module\n"
+        "from jettison.targets.converted import find_coarse\n"
+        "print(find_coarse(trace_module(nn.Linear(3, 2).eval(), (torch.zeros(2, 3),)).module))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stderr
