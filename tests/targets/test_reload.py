@@ -35,5 +35,6 @@ def test_the_file_after_the_reload_is_the_file_before(
     ]
     outputs = [target.predict(target.load(file, threads=1), (x,))[0] for file in files]
     assert has_same_bits(*outputs)
-    # Some converters write times or addresses into their files.
-    assert files[0].stat().st_size == files[1].stat().st_size
+    # Some converters write times or addresses into their files; LiteRT's names tensors after the modules of a trace.
+    if name != "litert":
+        assert files[0].stat().st_size == files[1].stat().st_size
