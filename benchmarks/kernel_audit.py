@@ -35,11 +35,11 @@ def audit_case(case: Case, target: str, folder: Path) -> tuple[str, ...]:
     whole = quantize(graph, [data], scheme=runtime.scheme())
     name = whole.sites[len(whole.sites) // 2].layer
     mixed = quantize(graph, [data], scheme=runtime.scheme(), exclude=[name])
+    first, names = tuple(x[:1] for x in data), list(case.inputs)
     for file, module in ((path, whole.module), (planted, mixed.module)):
-        first, names = tuple(x[:1] for x in data), list(case.inputs)
         runtime.export(module, first, file, input_names=names, output_names=["y"], dynamic_batch=True)
-    found = jt.audit(path, target=target, runs=20)
-    left = [kernel.layer for kernel in jt.audit(planted, target=target, runs=3).left_in_float]
+    found = jt.audit(path, inputs=first, target=target, runs=20)
+    left = [kernel.layer for kernel in jt.audit(planted, inputs=first, target=target, runs=3).left_in_float]
     print(f"{case.name} in {found.target}", *found.findings, sep="\n  ")
     return (
         case.name,
