@@ -30,6 +30,7 @@ from jettison.graph.comparing import (
     vary_constants,
 )
 from jettison.graph.groups import Graph
+from jettison.graph.inline import hold_tensor
 from jettison.graph.provenance import Misfit
 from jettison.graph.state import plain_attention
 from jettison.graph.subgraphs import iterate_nodes, list_regions
@@ -321,19 +322,7 @@ class Cutter:
                     root.add_module(node.target, value)
         for node in graph.nodes:
             if node.op == "get_attr" and not node.target.startswith("constant_"):
-                _hold(root, node.target, find_attribute(inside, node.target))
-
-
-def _hold(root: nn.Module, name: str, tensor: Tensor) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(leaf, tensor)
-    else:
-        root.register_buffer(leaf, tensor)
+                hold_tensor(root, node.target, find_attribute(inside, node.target))
 
 
 def _is_inside(path: str, other: str) -> bool:

@@ -27,7 +27,10 @@ def inline_tensors(program: torch.export.ExportedProgram) -> fx.GraphModule:
         if spec.kind is InputKind.USER_INPUT:
             continue
         assert spec.target is not None
-        _hold(module, spec.target, tensors[spec.target], is_saved=spec.persistent is not False)
+        tensor = tensors[spec.target]
+        if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+            tensor = tensor.detach()
+        hold_tensor(module, spec.target, tensor, is_saved=spec.persistent is not False)
         with graph.inserting_after(placeholder):
             reader = graph.get_attr(spec.target)
         reader.meta = placeholder.meta
@@ -55,7 +58,7 @@ def _leave_to_torch(program: torch.export.ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _hold(root: nn.Module, name: str, tensor: Tensor, *, is_saved: bool) -> None:
+def hold_tensor(root: nn.Module, name: str, tensor: Tensor, *, is_saved: bool = True) -> None:
     """Put a parameter or buffer under its dotted name; `is_saved` says whether a state dict holds it."""
     *path, leaf = name.split(".")
     for part in path:
@@ -65,4 +68,4 @@ def _hold(root: nn.Module, name: str, tensor: Tensor, *, is_saved: bool) -> None
     if isinstance(tensor, nn.Parameter):
         root.register_parameter(leaf, tensor)
     else:
-        root.register_buffer(leaf, tensor.detach() if tensor.requires_grad else tensor, persistent=is_saved)
+        root.register_buffer(leaf, tensor, persistent=is_saved)
