@@ -223,11 +223,13 @@ def plot_front(record: Record) -> FrontPlot | None:
         Dot(place(x, c), round(100 - place(y, p.loss), 2), ", ".join(words), p.chosen)
         for c, p, words in zip(costs, points, told, strict=True)
     )
-    label = next((words for p, words in zip(points, told, strict=True) if p.chosen), ("", ""))
-    original = Tick(place(x, mark), text(mark)) if mark else None
-    return FrontPlot(
-        "latency" if timed else "MACs", x, y, dots, original, (label[0], label[1] and f"predicted {label[1]}")
+    # As short as the original's mark: beside a dot there may be only half a phone's width.
+    label = next(
+        ((text(c), f"predicted {words[1]}") for p, c, words in zip(points, costs, told, strict=True) if p.chosen),
+        ("", ""),
     )
+    original = Tick(place(x, mark), text(mark)) if mark else None
+    return FrontPlot("latency" if timed else "MACs", x, y, dots, original, label)
 
 
 def format_mark(value: float) -> str:
