@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
@@ -44,8 +47,10 @@ class Commands(click.Group):
         """Run, and exit: 0 done; 1 the run failed or was stopped; 2 what was given is wrong."""
         given = list(sys.argv[1:] if args is None else args)
         options["standalone_mode"] = False
+        interrupts: list[int] = []
         try:
-            code = super().main(given, *rest, obj=given, **options)
+            with _note_interrupts(interrupts):
+                code = super().main(given, *rest, obj=given, **options)
             sys.stdout.flush()
             sys.exit(code if isinstance(code, int) else 0)
         except BrokenPipeError:
@@ -56,12 +61,32 @@ class Commands(click.Group):
         except (Exception, click.Abort, KeyboardInterrupt) as error:  # noqa: BLE001 - the last place to name an error
             if "--debug" in given:
                 traceback.print_exception(error)
-            kind, message, code = _explain(error)
+            kind, message, code = _explain(KeyboardInterrupt() if interrupts else error)
             if "--json" in given:
                 click.echo(json.dumps({"error": kind, "message": message, **_plain_result(error)}))
             else:
                 click.echo(f"{kind}: {message}", err=True)
             sys.exit(code)
+
+
+@contextlib.contextmanager
+def _note_interrupts(into: list[int]) -> Iterator[None]:
+    """Append each Ctrl-C to `into`: one that comes while a C extension is imported leaves as that one's ImportError."""
+    before = signal.getsignal(signal.SIGINT)
+    # Another handler is somebody's wish (nohup, a shell's background job), and only the main thread may set one.
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        into.append(number)
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _explain(error: BaseException) -> tuple[str, str, int]:

@@ -35,6 +35,12 @@ def build():
 def slow():
     Path("started").touch()
     time.sleep(60)
+
+def swallow():
+    try:
+        slow()
+    except KeyboardInterrupt:
+        raise ImportError("initialization failed") from None
 """
 
 
@@ -320,8 +326,10 @@ class TestProcesses:
             assert process.returncode == code
             assert "Traceback" not in stderr
 
-    def test_ctrl_c(self, folder: Path) -> None:
-        process = start("trace", "net:slow", "--shape", "1,3,8,8")
+    @pytest.mark.parametrize("build", ["slow", "swallow"])
+    def test_ctrl_c(self, folder: Path, build: str) -> None:
+        """Also where it strikes in the import of a C extension, which raises ImportError in its place."""
+        process = start("trace", f"net:{build}", "--shape", "1,3,8,8")
         until = time.monotonic() + 60
         while not (folder / "started").exists():
             assert process.poll() is None, process.communicate()
