@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # torch is pinned in constraints.txt and nowhere else; pip without that pin takes a 5 GB CUDA stack.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+TARGET_TESTS := .venv-targets/bin/python -m pytest -p no:anyio tests/targets -k "executorch or litert"
 
 .PHONY: help demo demo-lite0 data test test-targets quick check lint format bench bench-quantization coverage coverage-peers coverage-speed prune-quantize docs clean
 
@@ -21,13 +22,13 @@ data: .venv/.installed-dev  ## fetch the data that tests and examples read
 
 # Both run whatever the first says, so that one run shows all that is wrong.
 test: .venv/.installed-dev .venv-targets/.installed  ## run every test, each target in an environment that has it (under 40 minutes on 2 cores)
-	@failed=0; $(MAKE) --no-print-directory test-targets || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; $(TARGET_TESTS) || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
 
 quick: .venv/.installed-dev  ## run the quick tests (under 5 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-targets: .venv-targets/.installed  ## run the tests of ExecuTorch and LiteRT, in an environment that has them
-	.venv-targets/bin/python -m pytest -p no:anyio tests/targets -k "executorch or litert"
+	$(TARGET_TESTS)
 
 check: lint test  ## lint, types, import layers, then every test
 
