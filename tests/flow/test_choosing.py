@@ -92,8 +92,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *fakes: Fake) -> tuple[str, ...]:
     return names
 
 
-def tell_times(runs: Mapping[str, Any], *, baseline: str, rounds: int, seed: int) -> dict[str, Timing]:
-    sessions = {name: run.func.__self__ for name, run in runs.items()}
+def tell_times(loads: Mapping[str, Any], *, baseline: str, rounds: int, seed: int) -> dict[str, Timing]:
+    sessions = {name: load().func.__self__ for name, load in loads.items()}
     samples = {
         name: [s.target.ms[s.precision] * (1 + i % 2 / 50) for i in range(rounds)] for name, s in sessions.items()
     }

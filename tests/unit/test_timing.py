@@ -84,11 +84,59 @@ def test_fast_callables_are_repeated_and_all_run_equally_often_per_round() -> No
 
 
 def test_runs_for_real_and_refuses_bad_questions() -> None:
-    result = time_interleaved({"x": lambda: sum(range(200)), "y": lambda: sum(range(4000))}, baseline="y", rounds=5)
+    loads = {"x": lambda: lambda: sum(range(200)), "y": lambda: lambda: sum(range(4000))}
+    result = time_interleaved(loads, baseline="y", rounds=5)
     assert result["x"].speedup.value > 2
     with pytest.raises(UnknownName, match="timed variant"):
         compare_samples({"x": [1.0, 2.0]}, baseline="z")
     with pytest.raises(InputError, match="rounds"):
-        time_interleaved({"x": lambda: None}, baseline="x", rounds=1)
+        time_interleaved(loads, baseline="x", rounds=1)
+    with pytest.raises(UnknownName, match="timed variant"):
+        time_interleaved(loads, baseline="z", rounds=5)
     with pytest.raises(InputError, match="round by round"):
         compare_samples({"x": [1.0, 2.0], "y": [1.0]}, baseline="x")
+
+
+@pytest.mark.parametrize(("rounds", "sittings", "each"), [(60, 5, 12), (7, 5, 3), (2, 5, 2), (11, 2, 6)])
+def test_every_sitting_loads_anew_and_lets_go(rounds: int, sittings: int, each: int) -> None:
+    """At least two rounds a sitting, and never two of the same network in memory."""
+    alive: set[int] = set()
+    most, loaded = 0, 0
+
+    class Loaded:
+        def __init__(self) -> None:
+            nonlocal most, loaded
+            alive.add(id(self))
+            loaded, most = loaded + 1, max(most, len(alive))
+
+        def __call__(self) -> int:
+            return sum(range(2000))
+
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    timing = time_interleaved({"a": Loaded, "b": Loaded}, baseline="a", rounds=rounds, sittings=sittings)["b"]
+    assert (loaded, most) == (2 * timing.sittings, 2)
+    assert len(timing.samples_ms) == each * timing.sittings >= rounds
+
+
+def test_the_interval_holds_what_loading_changes() -> None:
+    """A file that is 14 % slower in some sittings: rounds of one say nothing of the others, and all together do."""
+    draw = random.Random(0)
+    base = [4.0 * draw.gauss(1, 0.02) for _ in range(60)]
+    twice = [b / (2.14 if i // 12 == 0 else 2.43) * draw.gauss(1, 0.02) for i, b in enumerate(base)]
+    alone = compare_samples({"base": base[:12], "this": twice[:12]}, baseline="base")["this"].speedup
+    assert alone.high < 2.25
+    samples = {"base": base, "this": twice}
+    together = compare_samples(samples, baseline="base", sittings=5)["this"].speedup
+    assert together.low < 2.25 and together.high > 2.4
+    unaware = compare_samples(samples, baseline="base")["this"].speedup
+    assert unaware.low > 2.3
+
+
+def test_sittings_that_agree_widen_nothing_much() -> None:
+    pooled, blocks = (
+        compare_samples(planted(2.0, drift=0.0), baseline="base", sittings=n)["fast"].speedup for n in (1, 5)
+    )
+    assert blocks.value == pooled.value
+    assert blocks.high - blocks.low < 2 * (pooled.high - pooled.low)

@@ -56,8 +56,10 @@ def audit(
     kernels = match(list_layers(path, [a.shape for a in arrays]), operators)
     speedup = None
     if baseline is not None:
-        first = runtime.load(Path(baseline), threads=threads)
-        both = {"baseline": partial(first.run, arrays), "this": partial(session.run, arrays)}
+        both = {
+            "baseline": lambda: partial(runtime.load(Path(baseline), threads=threads).run, arrays),
+            "this": lambda: partial(runtime.load(path, threads=threads, precision=precision).run, arrays),
+        }
         speedup = time_interleaved(both, baseline="baseline")["this"].speedup
     found = KernelAudit(
         target=runtime.LABEL,

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -228,11 +228,15 @@ def _time(
     names = [option.name for option in loaded]
     baseline = BASELINE if BASELINE in names else next((n for n in names if n.endswith("fp32")), names[0])
     arrays = [x.detach().cpu().numpy() for x in sample]
-    runs = {option.name: partial(option.session.run, arrays) for option in loaded}
+
+    def load(option: _Loaded) -> Callable[[], object]:
+        return partial(option.target.load(option.file, threads=threads, precision=option.precision).run, arrays)
+
+    loads = {option.name: partial(load, option) for option in loaded}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return time_interleaved(runs, baseline=baseline, rounds=rounds, seed=seed), baseline
+        return time_interleaved(loads, baseline=baseline, rounds=rounds, seed=seed), baseline
     finally:
         torch.set_num_threads(before)
 
@@ -316,7 +320,8 @@ def _keeps(limits: _Limits, agreement: float | None, sqnr_db: float, drop: float
 
 def _compare_speed(timing: Timing, other: Timing, seed: int) -> Interval:
     """Return how many times faster `timing` is than `other`, round by round."""
-    return bootstrap_median([b / t for b, t in zip(other.samples_ms, timing.samples_ms, strict=True)], seed=seed)
+    ratios = [b / t for b, t in zip(other.samples_ms, timing.samples_ms, strict=True)]
+    return bootstrap_median(ratios, sittings=timing.sittings, seed=seed)
 
 
 def _warn_of_speed(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,9 +85,12 @@ def measure_reference(run: Run) -> Reference:
 def measure_files(run: Run, files: Mapping[str, Path], *, rounds: int) -> dict[str, tuple[float, float]]:
     """Return median milliseconds and speed-up over the first file, interleaved, one sample at a time."""
     arrays = [x.detach().cpu().numpy() for x in run.sample]
-    sessions = {name: run.target.load(path, threads=run.threads) for name, path in files.items()}
-    runs = {name: (lambda session=session: session.run(arrays)) for name, session in sessions.items()}
-    found = time_interleaved(runs, baseline=next(iter(files)), rounds=rounds, seed=run.seed)
+
+    def load(path: Path) -> Callable[[], object]:
+        return partial(run.target.load(path, threads=run.threads).run, arrays)
+
+    loads = {name: partial(load, path) for name, path in files.items()}
+    found = time_interleaved(loads, baseline=next(iter(files)), rounds=rounds, seed=run.seed)
     return {name: (t.latency_ms.value, t.speedup.value) for name, t in found.items()}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,15 +65,12 @@ def measure_variants(run: Run, evaluate: Evaluate, widths: Mapping[str, tuple[in
     paths = {name: run.file(file) for name, file in FILES.items() if name in widths}
     sample = run.sample
     arrays = [x.detach().cpu().numpy() for x in sample]
-    sessions = {name: run.target.load(path, threads=run.threads) for name, path in paths.items()}
-    runs: dict[str, Callable[[], object]] = {name: partial(s.run, arrays) for name, s in sessions.items()}
-    runs[EAGER] = _eager_run(run, sample)
-    runs |= _runs_elsewhere(run, paths, arrays)
-    timings = _time(run, runs)
+    loads = _list_loads(run, paths, arrays)
+    timings = _time(run, loads)
     outcomes: dict[str, Outcome] = {}
     for name, path in track(list(paths.items()), "Scoring the deployed files"):
         outcomes[name] = run_evaluate(evaluate, make_predict(run, path), f"{name} file")
-    variants = [_describe(run, name, timings[name], widths, outcomes, paths) for name in runs]
+    variants = [_describe(run, name, timings[name], widths, outcomes, paths) for name in loads]
     drop = compare(outcomes[ORIGINAL], outcomes[COMPRESSED])
     return Measurements(tuple(variants), drop, *(_profile(run, paths[name], arrays) for name in (ORIGINAL, COMPRESSED)))
 
@@ -85,13 +83,33 @@ def _profile(run: Run, path: Path, arrays: list[np.ndarray]) -> tuple[TimeShare,
     return shares
 
 
-def _time(run: Run, runs: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+def _time(run: Run, loads: Mapping[str, Callable[[], Callable[[], object]]]) -> dict[str, Timing]:
     before = torch.get_num_threads()
     torch.set_num_threads(run.threads)
     try:
-        return time_interleaved(runs, baseline=ORIGINAL, rounds=run.recipe.rounds, seed=run.seed)
+        return time_interleaved(loads, baseline=ORIGINAL, rounds=run.recipe.rounds, seed=run.seed)
     finally:
         torch.set_num_threads(before)
+
+
+def _list_loads(
+    run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Return how to load each form: in the target, in eager, and in the other runtimes here that read the same file."""
+
+    def load(runtime: ModuleType, path: Path) -> Callable[[], object]:
+        return partial(runtime.load(path, threads=run.threads).run, arrays)
+
+    loads: dict[str, Callable[[], Callable[[], object]]] = {
+        name: partial(load, run.target, path) for name, path in paths.items()
+    }
+    loads[EAGER] = partial(_eager_run, run, run.sample)
+    for name in TARGETS:
+        other = importlib.import_module(f"jettison.targets.{name}")
+        if other is run.target or other.SUFFIX != ".onnx" or run.target.SUFFIX != ".onnx" or other.why_missing():
+            continue
+        loads |= {f"{form}, {other.LABEL}": partial(load, other, path) for form, path in paths.items()}
+    return loads
 
 
 def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:
@@ -105,19 +123,6 @@ def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:
         return output
 
     return call
-
-
-def _runs_elsewhere(run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]) -> dict[str, Callable[[], object]]:
-    """The same files in the other runtimes that read them and are installed, at float32 where they are float."""
-    runs: dict[str, Callable[[], object]] = {}
-    for name in TARGETS:
-        other = importlib.import_module(f"jettison.targets.{name}")
-        if other is run.target or other.SUFFIX != ".onnx" or run.target.SUFFIX != ".onnx" or other.why_missing():
-            continue
-        for form, path in paths.items():
-            session = other.load(path, threads=run.threads)
-            runs[f"{form}, {other.LABEL}"] = partial(session.run, arrays)
-    return runs
 
 
 def _describe(

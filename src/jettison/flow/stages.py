@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -225,7 +225,7 @@ def measure(
     rounds: int = 200,
     seed: int = 0,
 ) -> dict[str, Timing]:
-    """Return the latency of exported files in `target`, interleaved; speed-ups are over the first one.
+    """Return the latency of exported files in `target`, interleaved and in turns loaded anew, beside the first one's.
 
     `inputs` are what each call gets: a tensor, a tuple of tensors, or a dict by the files' input names. `precision` is
     what float parts are asked to run in, as "bf16" in OpenVINO. Raises UnknownName for one the target has not,
@@ -236,14 +236,15 @@ def measure(
         raise InputError("There are no files to measure. Give a dict from names to paths, the baseline first.")
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
         raise InputError(f"threads={threads!r} must be a whole number, at least 1.")
-    runs = {}
-    for name, path in files.items():
-        session = runtime.load(Path(path), threads=threads, precision=precision)
+
+    def load(path: Path) -> Callable[[], object]:
+        session = runtime.load(path, threads=threads, precision=precision)
         tensors = order_inputs(inputs, session.input_names)
-        runtime.predict(session, tensors)  # refuses what does not fit, and warms up
-        arrays = [x.detach().cpu().numpy() for x in tensors]
-        runs[name] = lambda session=session, arrays=arrays: session.run(arrays)
-    return time_interleaved(runs, baseline=next(iter(files)), rounds=rounds, seed=seed)
+        runtime.predict(session, tensors)  # refuses what does not fit
+        return partial(session.run, [x.detach().cpu().numpy() for x in tensors])
+
+    loads = {name: partial(load, Path(path)) for name, path in files.items()}
+    return time_interleaved(loads, baseline=next(iter(files)), rounds=rounds, seed=seed)
 
 
 def verify(graph: Graph, plan: Plan, inputs: Any) -> Check:
