@@ -45,10 +45,22 @@ def export_float(case: Case, model: nn.Module, data: Inputs, folder: Path) -> Pa
 
 
 def quantize_with_jettison(case: Case, model: nn.Module, data: Inputs, folder: Path) -> Path:
+    return _quantize_for("onnxruntime", model, data, folder / "jettison.onnx")
+
+
+def quantize_with_jettison_for_openvino(case: Case, model: nn.Module, data: Inputs, folder: Path) -> Path:
+    return _quantize_for("openvino", model, data, folder / "jettison-openvino.onnx")
+
+
+def quantize_with_jettison_for_litert(case: Case, model: nn.Module, data: Inputs, folder: Path) -> Path:
+    return _quantize_for("litert", model, data, folder / "jettison.tflite")
+
+
+def _quantize_for(target: str, model: nn.Module, data: Inputs, path: Path) -> Path:
     import jettison as jt
 
-    quantized = jt.quantize(model, split(data, 32), samples=len(data[0]))
-    return jt.export(quantized.module, _first(data, 1), folder / "jettison.onnx")
+    quantized = jt.quantize(model, split(data, 32), samples=len(data[0]), target=target)
+    return jt.export(quantized.module, _first(data, 1), path, target=target)
 
 
 def quantize_with_jettison_dynamic(case: Case, model: nn.Module, data: Inputs, folder: Path) -> Path:
@@ -197,6 +209,8 @@ def _read_signature(path: Path) -> dict[str, list[str]]:
 LIBRARIES: dict[str, Quantize] = {
     "jettison": quantize_with_jettison,
     "jettison-dynamic": quantize_with_jettison_dynamic,
+    "jettison-openvino": quantize_with_jettison_for_openvino,
+    "jettison-litert": quantize_with_jettison_for_litert,
     "onnxruntime": quantize_with_onnxruntime,
     "onnxruntime-per-channel": quantize_with_onnxruntime_per_channel,
     "onnxruntime-dynamic": quantize_with_onnxruntime_dynamic,
