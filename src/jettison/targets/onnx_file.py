@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import re
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
-from jettison.targets import onnx_recurrent
+from jettison.targets import onnx_attention, onnx_recurrent
 from jettison.targets.integer import quantize_operator
 from jettison.targets.onnx_direct import write
 from jettison.targets.onnx_floats import keep_floats
@@ -29,6 +30,7 @@ from jettison.targets.onnx_kinds import (
 from jettison.targets.onnx_padding import fold_padding
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
     from torch import Tensor
     from torch.fx import GraphModule
@@ -64,6 +66,7 @@ def export(
     _pool_globally(proto)
     fold_padding(proto)
     keep_floats(proto)
+    _name_turned(proto, module)
     _name_nodes(proto)
     _strip(proto)
     _own_zero_points(proto.graph)
@@ -105,12 +108,13 @@ def _convert(
                     quantize_operator(): _translate_quantize(),
                     **make_translations(),
                     **onnx_recurrent.make_translations(),
+                    **onnx_attention.make_translations(),
                 },
                 verbose=False,
                 optimize=True,
             )
         except Exception as error:
-            raise ExportError(_explain(error)) from error
+            raise ExportError(_explain(error, module)) from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     if dynamic:
@@ -118,15 +122,26 @@ def _convert(
     return proto
 
 
-def _explain(error: BaseException) -> str:
-    text, cause = str(error), error.__cause__
-    while cause is not None:
-        text, cause = f"{text}\n{cause}", cause.__cause__
-    operator = re.search(r"(?:No ONNX function found for|No decompositions registered for).*?([\w:.]+\.[\w.]+)", text)
-    what = (
-        f"operator {operator.group(1)}" if operator else f"{type(error).__name__}: {text.strip().splitlines()[0][:200]}"
-    )
-    return f"The network cannot be written as ONNX: {what}. torch.onnx.export has no way to express it. {_REMEDY}"
+def _explain(error: BaseException, module: GraphModule) -> str:
+    """Name the operator and the user's line, from the exporter's chain of errors; the first one says neither."""
+    from jettison.graph.trace import source_line  # it imports torch
+
+    chain = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    text = "\n".join(map(str, chain))
+    untold = re.search(r"(?:No ONNX function found for|No decompositions registered for).*?([\w:.]+\.[\w.]+)", text)
+    node = re.search(r"Error when translating node %(\w+) .*?target=(?:torch\.ops\.)?([\w.]+)\]", text)
+    last = str(chain[-1]).strip().splitlines() or ["no message"]
+    if untold:
+        what = f"operator {untold.group(1)}. torch.onnx.export has no way to express it"
+    elif node:
+        what = f"operator {node.group(2)}: {type(chain[-1]).__name__}: {last[0][:200]}"
+    else:
+        what = f"{type(chain[-1]).__name__}: {last[0][:200]}"
+    lines = [source_line(n) for n in module.graph.nodes if node and n.name == node.group(1)]
+    where = f" It stands in {lines[0]}." if lines and lines[0] else ""
+    return f"The network cannot be written as ONNX: {what.rstrip('.')}.{where} {_REMEDY}"
 
 
 def _translate_quantize() -> Callable[..., Any]:
@@ -194,6 +209,34 @@ def _trace_back(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
     while value in producers and producers[value].op_type in SEE_THROUGH:
         value = producers[value].input[0]
     return value
+
+
+def _name_turned(proto: onnx.ModelProto, module: GraphModule) -> None:
+    """Name constants after the weights that the exporter has transposed into them, as it does for linear layers."""
+    from onnx import numpy_helper
+
+    graph = proto.graph
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    taken = {i.name for i in graph.initializer}
+    turned = {i.name: numpy_helper.to_array(i) for i in graph.initializer if len(i.dims) == 2 and i.name not in tensors}
+    shapes = {value.shape[::-1] for value in turned.values()}
+    weights = {
+        _digest(tensor.detach().cpu().double().numpy().T): name
+        for name, tensor in tensors.items()
+        if name not in taken and name.endswith(".weight") and tuple(tensor.shape) in shapes
+    }
+    renamed = {name: weights.pop(key) for name, value in turned.items() if (key := _digest(value)) in weights}
+    for constant in graph.initializer:
+        constant.name = renamed.get(constant.name, constant.name)
+    for node in graph.node:
+        node.input[:] = [renamed.get(value, value) for value in node.input]
+
+
+def _digest(values: np.ndarray[Any, Any]) -> bytes:
+    """Return what equal numbers share, whatever type and order they are stored in."""
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(values, np.float64).tobytes() + str(values.shape).encode()).digest()
 
 
 def _name_nodes(proto: onnx.ModelProto) -> None:
