@@ -15,6 +15,7 @@ from examples.fashion_mnist.network import FashionNet
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import jettison as jt
 from jettison.cli import main
 from jettison.core.errors import CheckpointError, InputError, ShapeError
 from jettison.cost.macs import count
@@ -124,6 +125,30 @@ def test_a_float_file_and_what_to_do(target: str, tmp_path: Path) -> None:
     found = audit(write(build("fashion"), tmp_path / "f.onnx", (1, 28, 28)), target=target, runs=3)
     assert found.integer_share == 0.0 and found.float_share == pytest.approx(1.0, abs=0.02)
     assert {k.precision for k in found.kernels} == {"fp32"} and "quantize" in found.findings[0]
+
+
+class Words(nn.Module):
+    """Token ids, a mask that must not hide them all, and a float vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(68, 10)
+
+    def forward(self, ids: Tensor, mask: Tensor, extra: Tensor) -> Tensor:
+        x = self.mix(self.table(ids))
+        x = nn.functional.scaled_dot_product_attention(x, x, x, mask[:, None, :])
+        logits: Tensor = self.head(torch.cat([x.mean(1), extra], -1))
+        return logits
+
+
+@pytest.mark.parametrize("target", BOTH)
+def test_inputs_that_are_made_up_have_the_types_of_the_file(target: str, tmp_path: Path) -> None:
+    ids, mask, extra = torch.ones(2, 12, dtype=torch.int64), torch.ones(2, 12, dtype=torch.bool), torch.randn(2, 4)
+    path = jt.export(Words().eval(), (ids, mask, extra), tmp_path / "words.onnx")
+    found = audit(path, target=target, runs=3)
+    assert {"mix", "head"} <= {k.layer for k in found.kernels}
+    given = audit(path, target=target, inputs=(ids, mask, extra), runs=3)
+    assert [2 * k.macs for k in found.kernels] == [k.macs for k in given.kernels]
 
 
 def test_int8_weights_that_a_runtime_unpacks_are_told_from_excluded_ones(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from jettison.core.errors import InputError
 from jettison.flow.reading import order_inputs
 from jettison.targets import find_target
 from jettison.targets.audit import Kernel, KernelAudit, Operator, match, share_of_integers, share_of_time
-from jettison.targets.onnx_layers import list_layers
+from jettison.targets.onnx_layers import list_layers, read_input_types
 from jettison.targets.onnxruntime import has_exact_dot_products, read_cpu_flags
 from jettison.targets.timing import time_interleaved
 
@@ -39,8 +39,9 @@ def audit(
 ) -> KernelAudit:
     """Return what a runtime makes of an exported ONNX file: kernels and precision per layer, roundings left, findings.
 
-    The file is run `runs` times with profiling on `inputs` (a tensor, a tuple, or a dict by input name; by default
-    zeros at batch 1, where no other dimension is free). With `baseline`, the float file, both are also timed in turns.
+    The file is run `runs` times with profiling on `inputs` (a tensor, a tuple, or a dict by input name; by default,
+    where no dimension but the batch is free, one row of zeros, or of ones where they are whole numbers). With
+    `baseline`, the float file, both are also timed in turns.
     `precision` is what the runtime is asked for where the file is float ("bf16" in OpenVINO).
     Raises CheckpointError where it is no ONNX network, ShapeError where inputs do not fit, TargetMissing, UnknownName.
     """
@@ -50,7 +51,7 @@ def audit(
         )
     path, runtime = Path(path), find_target(target)
     session = runtime.load(path, threads=threads, precision=precision)
-    arrays = _make_arrays(session, inputs)
+    arrays = _make_arrays(path, session, inputs)
     runtime.predict(session, tuple(torch.from_numpy(a) for a in arrays))  # refuses what does not fit
     operators = runtime.list_operators(path, arrays, threads=threads, precision=precision, runs=runs)
     kernels = match(list_layers(path, [a.shape for a in arrays]), operators)
@@ -77,7 +78,7 @@ def audit(
     return KernelAudit(**{**vars(found), "findings": findings})
 
 
-def _make_arrays(session: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
+def _make_arrays(path: Path, session: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
     if inputs is not None:
         return [np.ascontiguousarray(x.detach().cpu().numpy()) for x in order_inputs(inputs, session.input_names)]
     for name, shape in zip(session.input_names, session.input_shapes, strict=True):
@@ -86,7 +87,12 @@ def _make_arrays(session: Any, inputs: Any) -> list[np.ndarray[Any, Any]]:
                 f"Input {name!r} has the shape {shape}, free in more than its batch. What it costs depends on those "
                 "sizes. Pass inputs=."
             )
-    return [np.zeros([size or 1 for size in shape], np.float32) for shape in session.input_shapes]
+    types = read_input_types(path)
+    # Ones where they are whole numbers: a mask of zeros would hide every token from the others.
+    return [
+        np.full([size or 1 for size in shape], 0 if types[name].kind == "f" else 1, types[name])
+        for name, shape in zip(session.input_names, session.input_shapes, strict=True)
+    ]
 
 
 def _say_precision(kernels: Sequence[Kernel], precision: str) -> str:

@@ -12,6 +12,7 @@ from jettison.core.errors import CheckpointError, ShapeError
 from jettison.targets.onnx_recurrent import read_body
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 DYNAMIC_LSTM = "DynamicQuantizeLSTM"
@@ -41,21 +42,41 @@ class FileLayer:
     weights_only: bool = False
 
 
+def read_input_types(path: Path) -> dict[str, np.dtype[Any]]:
+    """Return the element type of each of a file's inputs by name.
+
+    Raises CheckpointError where the file is no ONNX network.
+    """
+    from onnx import helper
+
+    graph = _read(path).graph
+    constants = {i.name for i in graph.initializer}
+    return {
+        i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type)
+        for i in graph.input
+        if i.name not in constants
+    }
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    import onnx
+
+    try:
+        return onnx.load(str(path))
+    except Exception as error:  # protobuf's own error classes, and the operating system's
+        raise CheckpointError(
+            f"{path} is no ONNX file: {str(error).splitlines()[0][:200]}. Layers are read from ONNX. "
+            "Give the file that `export` wrote."
+        ) from error
+
+
 def list_layers(path: Path, shapes: Sequence[Sequence[int]]) -> tuple[FileLayer, ...]:
     """Return the convolutions, matrix products and recurrent layers of a file in its order, for inputs of these shapes.
 
     A Scan with one product in it is a layer, too: a recurrent one that runs step by step. Raises CheckpointError where
     the file is no ONNX network, ShapeError where the shapes do not fit it.
     """
-    import onnx
-
-    try:
-        model = onnx.load(str(path))
-    except Exception as error:  # protobuf's own error classes, and the operating system's
-        raise CheckpointError(
-            f"{path} is no ONNX file: {str(error).splitlines()[0][:200]}. Layers are read from ONNX. "
-            "Give the file that `export` wrote."
-        ) from error
+    model = _read(path)
     graph = model.graph
     constants = {i.name: i for i in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
