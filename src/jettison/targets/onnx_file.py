@@ -7,8 +7,9 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
 from jettison.targets import onnx_attention, onnx_recurrent
 from jettison.targets.integer import quantize_operator
+from jettison.targets.onnx_bodies import list_bodies, list_reads, rename_reads, rename_values
 from jettison.targets.onnx_direct import write
 from jettison.targets.onnx_floats import keep_floats
 from jettison.targets.onnx_kinds import (
@@ -229,7 +231,7 @@ def _name_turned(proto: onnx.ModelProto, module: GraphModule) -> None:
     for constant in graph.initializer:
         constant.name = renamed.get(constant.name, constant.name)
     for node in graph.node:
-        node.input[:] = [renamed.get(value, value) for value in node.input]
+        rename_reads(node, renamed)
 
 
 def _digest(values: np.ndarray[Any, Any]) -> bytes:
@@ -246,32 +248,51 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
     """
     graph = proto.graph
     constants = {i.name for i in graph.initializer}
-    producers = {output: node for node in graph.node for output in node.output}
     kept = {value.name for value in (*graph.output, *graph.input)} | constants
-    named: dict[int, str] = {}
-    renamed: dict[str, str] = {}
+    names = _Names(constants, kept)
+    _name_graph(graph, names, "")
+    rename_values(graph, names.renamed)
+
+
+@dataclass
+class _Names:
+    """What naming has found so far: `layers` by the values they give, `renamed` from old names of values to new."""
+
+    constants: Set[str]
+    kept: Set[str]
+    producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+
+
+def _name_graph(graph: onnx.GraphProto, names: _Names, prefix: str) -> None:
+    """Name the nodes of a graph and of the graphs inside them, whose names start with their node's."""
+    constants = names.constants
     for index, node in enumerate(graph.node):
-        name = f"{node.op_type.removesuffix('Linear').lower()}_{index}"
-        sources = [_trace_back(value, producers) for value in node.input]
+        name = f"{prefix}{node.op_type.removesuffix('Linear').lower()}_{index}"
+        sources = [_trace_back(value, names.producers) for value in node.input]
         if node.op_type in WITH_WEIGHT and sources[1] in constants and sources[1].endswith(".weight"):
             name = sources[1].removesuffix(".weight")
         elif node.op_type in RECURRENT and any(source in constants for source in sources[1:3]):
             # "lstm.int8_ih_l0" gives "lstm.ih_l0", "gru.int8_hh_l0_reverse" gives "gru.hh_l0_reverse".
             name = next(s for s in sources[1:3] if s in constants).replace(".int8_", ".")
         elif node.op_type in BELONGING:
-            layers = [named[id(producers[s])] for s in sources if s in producers and id(producers[s]) in named]
+            layers = [names.layers[s] for s in sources if s in names.layers]
             name = f"{layers[0]}.{node.op_type.lower()}" if layers else name
-        if name in named.values() or name in kept:
+        if name in names.taken or name in names.kept:
             name = f"{name}_{index}"
+        names.taken.add(name)
         if node.op_type in (*WITH_WEIGHT, *RECURRENT, *BELONGING):
-            named[id(node)] = name
+            names.layers |= dict.fromkeys(node.output, name)
+        names.producers |= dict.fromkeys(node.output, node)
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                _name_graph(attribute.g, names, f"{name}.{attribute.name.removesuffix('_branch')}.")
         node.name = name
         for place, output in enumerate(node.output):
-            if output and output not in kept:
-                renamed[output] = name if place == 0 else f"{name}#{place}"
-    for node in graph.node:
-        for values in (node.input, node.output):
-            values[:] = [renamed.get(value, value) for value in values]
+            if output and output not in names.kept:
+                names.renamed[output] = name if place == 0 else f"{name}#{place}"
 
 
 def _pool_globally(proto: onnx.ModelProto) -> None:
@@ -307,10 +328,8 @@ def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> N
 def _strip(proto: onnx.ModelProto) -> None:
     """Drop what no runtime reads: stack traces, signatures, inner shapes, zero points of biases, equal constants."""
     graph = proto.graph
-    for item in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
-    graph.ClearField("value_info")
+    proto.ClearField("metadata_props")
+    _strip_graph(graph)
     graph.name = "jettison"
     kinds = {i.name: i.data_type for i in graph.initializer}
     int32 = 6  # onnx.TensorProto.INT32; a zero point of that type may only be zero, and is when it is left out
@@ -328,8 +347,8 @@ def _strip(proto: onnx.ModelProto) -> None:
         constant.name = name
     used: set[str] = set()
     for node in graph.node:
-        node.input[:] = [renamed.get(value, value) for value in node.input]
-        used.update(node.input)
+        rename_reads(node, renamed)
+        used.update(list_reads(node))
     kept = []
     for constant in graph.initializer:
         constant.name = renamed.get(constant.name, constant.name)
@@ -339,6 +358,16 @@ def _strip(proto: onnx.ModelProto) -> None:
     copies = [type(constant).FromString(constant.SerializeToString()) for constant in kept]
     del graph.initializer[:]
     graph.initializer.extend(copies)
+
+
+def _strip_graph(graph: onnx.GraphProto) -> None:
+    for item in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+    graph.ClearField("value_info")
+    for node in graph.node:
+        for body in list_bodies(node):
+            _strip_graph(body)
 
 
 def _own_zero_points(graph: onnx.GraphProto) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jettison.targets.onnx_bodies import list_reads
+
 if TYPE_CHECKING:
     import onnx
 
@@ -28,7 +30,7 @@ def keep_floats(proto: onnx.ModelProto) -> int:
     makers = {output: node for node in graph.node for output in node.output}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
-        for value in dict.fromkeys(node.input):
+        for value in dict.fromkeys(list_reads(node)):
             readers.setdefault(value, []).append(node)
     outputs = {value.name for value in graph.output}
     nodes: list[onnx.NodeProto] = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from jettison.targets.onnx_bodies import rename_reads
 from jettison.targets.operators import dynamic_operator, groups_operator, product_operator
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def narrow_constants(proto: onnx.ModelProto, kind: str | None) -> None:
         renamed[constant.name] = f"{constant.name}_float"
         casts.append(helper.make_node("Cast", [constant.name], [renamed[constant.name]], to=TensorProto.FLOAT))
     for node in proto.graph.node:
-        node.input[:] = [renamed.get(name, name) for name in node.input]
+        rename_reads(node, renamed)
     nodes = [type(node).FromString(node.SerializeToString()) for node in (*casts, *proto.graph.node)]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)

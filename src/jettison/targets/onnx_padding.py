@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jettison.targets.onnx_bodies import list_reads
+
 if TYPE_CHECKING:
     import onnx
 
@@ -26,7 +28,7 @@ def fold_padding(proto: onnx.ModelProto) -> int:
     constants |= {n.output[0]: numpy_helper.to_array(n.attribute[0].t) for n in graph.node if _is_tensor_constant(n)}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for value in dict.fromkeys(node.input):
+        for value in dict.fromkeys(list_reads(node)):
             readers.setdefault(value, []).append(node)
     makers = {output: node for node in graph.node for output in node.output}
     outputs = Counter(v.name for v in graph.output)

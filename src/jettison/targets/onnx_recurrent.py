@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jettison.targets.onnx_bodies import list_reads
 from jettison.targets.recurrent import lstm_operator, scan_operator
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def expand_steps(proto: onnx.ModelProto) -> None:
             scan_output_directions=[way],
         )
         nodes.append(scan)
-    used = {value for node in nodes for value in node.input} | {value.name for value in graph.output}
+    used = {value for node in nodes for value in list_reads(node)} | {value.name for value in graph.output}
     copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     kept = [type(i).FromString(i.SerializeToString()) for i in graph.initializer if i.name in used]
     del graph.node[:], graph.initializer[:]

@@ -1,0 +1,46 @@
+"""Graphs inside nodes: the branches of an If, the body of a Loop or Scan. They read values of the graph around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def list_bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """Return the graphs that a node holds, without those inside them."""
+    return [a.g for a in node.attribute if a.HasField("g")] + [g for a in node.attribute for g in a.graphs]
+
+
+def list_reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Yield the names of values that a node reads, itself or from inside its bodies."""
+    yield from node.input
+    for body in list_bodies(node):
+        own = {v.name for v in (*body.input, *body.initializer)} | {
+            name for inner in body.node for name in inner.output
+        }
+        reads = [output.name for output in body.output] + [name for inner in body.node for name in list_reads(inner)]
+        yield from (name for name in reads if name not in own)
+
+
+def rename_values(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
+    """Give values that nodes make other names, in place, here and inside nodes; the graph's own outputs keep theirs."""
+    for node in graph.node:
+        node.input[:] = [renamed.get(value, value) for value in node.input]
+        node.output[:] = [renamed.get(value, value) for value in node.output]
+        for body in list_bodies(node):
+            for output in body.output:
+                output.name = renamed.get(output.name, output.name)
+            rename_values(body, renamed)
+
+
+def rename_reads(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    """Let a node and its bodies read other values, in place."""
+    node.input[:] = [renamed.get(value, value) for value in node.input]
+    for body in list_bodies(node):
+        for output in body.output:
+            output.name = renamed.get(output.name, output.name)
+        for inner in body.node:
+            rename_reads(inner, renamed)
