@@ -7,6 +7,7 @@ included. Everything that walks a network walks them too; `trace` sees to it tha
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,42 @@ def runs_graphs(node: fx.Node) -> bool:
 def _make_region(owner: nn.Module, attribute: Any, operands: tuple[Any, ...], context: Context) -> Region:
     name = str(attribute.target)
     return Region(name, owner.get_submodule(name), operands, context)  # type: ignore[arg-type]
+
+
+def inline_regions(module: fx.GraphModule) -> None:
+    """Write what runs under a mode that changes no number here into the graph around it, in place.
+
+    Those are gradient modes, and autocast that is switched off or for a device that the network is not on. Whoever
+    trains the graph afterwards trains what stood without gradients, too.
+    """
+    devices = {t.device.type for t in (*module.parameters(), *module.buffers())}
+    for node in list(module.graph.nodes):
+        for region in list_regions(module, node):
+            inline_regions(region.module)
+        if not runs_graphs(node) or _changes_numbers(node, devices):
+            continue
+        (region,) = list_regions(module, node)
+        for inner in region.module.graph.nodes:  # graphs inside the region hang under it
+            if inner.op == "get_attr":
+                name = f"{region.name}_{inner.target}".replace(".", "_")
+                setattr(module, name, getattr(region.module, str(inner.target)))
+                inner.target = name
+        with module.graph.inserting_before(node):
+            known = dict(zip(region.placeholders, region.operands, strict=True))
+            returned = module.graph.graph_copy(region.module.graph, known)
+        values = tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(values[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _changes_numbers(node: fx.Node, devices: set[str]) -> bool:
+    name = node.target.name()  # type: ignore[union-attr]
+    return name == BRANCHING or (name == "wrap_with_autocast" and bool(node.args[2]) and node.args[0] in devices)
 
 
 def find_operator(name: str) -> Any:
@@ -164,6 +201,7 @@ __all__ = [
     "choose_region",
     "count_branch_levels",
     "find_operator",
+    "inline_regions",
     "iterate_nodes",
     "iterate_regions",
     "list_regions",

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from jettison.core.errors import CalibrationError, NonFiniteError
+from jettison.core.errors import CalibrationError, NonFiniteError, TraceError
+from jettison.graph.subgraphs import count_branch_levels, list_regions
+from jettison.graph.trace import source_line
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
+from jettison.quantization.constants import fold_constants
 from jettison.quantization.fold import (
     FOLDABLE,
     copy_graph,
     find_layers,
     fold_batch_norm,
     keep_picture_axes,
+    list_tensors,
     name_operator,
     read_attribute,
     set_buffer,
@@ -103,8 +107,8 @@ def convert(
 
 def _own_tensors(converted: GraphModule, folded: GraphModule) -> None:
     """Give the graph copies of what it has in common with the folded one: who trains one must not change the other."""
-    held = {read_attribute(folded, str(n.target)).data_ptr() for n in folded.graph.nodes if n.op == "get_attr"}
-    for name in {str(n.target) for n in converted.graph.nodes if n.op == "get_attr"}:
+    held = {read_attribute(folded, name).data_ptr() for name in list_tensors(folded)}
+    for name in list_tensors(converted):
         value = read_attribute(converted, name)
         if value.data_ptr() in held:
             set_buffer(converted, name, value.detach().clone())
@@ -138,9 +142,16 @@ def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerSchem
 def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
     """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients.
 
-    Products with a stored matrix become linear layers.
+    Products with a stored matrix become linear layers. Raises TraceError for a branch inside a branch.
     """
+    if count_branch_levels(module) > 1:
+        line = next(source_line(node) for node in module.graph.nodes if len(list_regions(module, node)) > 1)
+        raise TraceError(
+            f"The network has a torch.cond inside a torch.cond, the outer one at {line}. Preparing it for integers "
+            "loses the inner one's graphs. Write them one after the other, or quantize what stands around them."
+        )
     folded = copy_graph(module)
+    fold_constants(folded)
     if "aten.linear.default" in weighted:
         write_linear(folded)
     unshare(folded, weighted | FOLDABLE)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from jettison.core.errors import UnknownName
 from jettison.quantization.attention import quantize_products
+from jettison.quantization.constants import fold_constants
 from jettison.quantization.convert import Quantized
 from jettison.quantization.fold import copy_graph, find_weight
 from jettison.quantization.ranges import choose_weight_scale
@@ -51,6 +52,7 @@ def quantize_dynamic(
     NonFiniteError for NaN or infinity in a weight.
     """
     copied = copy_graph(module).requires_grad_(False)
+    fold_constants(copied)
     linear, recurrent = pick_layers(copied, ()), find_recurrent(copied)
     for name in exclude:
         if name not in {**linear, **recurrent}:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+
+from jettison.graph.subgraphs import inline_regions
 
 CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding")
 TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
@@ -21,6 +24,12 @@ def name_operator(node: Node) -> str:
     if node.op != "call_function":
         return ""
     return str(node.target).replace("_.", ".") if str(node.target).startswith("aten.") else str(node.target)
+
+
+def list_tensors(module: GraphModule) -> list[str]:
+    """Return the names of the tensors that a graph reads, without the graphs of branches."""
+    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return [name for name in names if isinstance(attrgetter(name)(module), Tensor)]
 
 
 def read_attribute(module: nn.Module, name: str) -> Tensor:
@@ -71,7 +80,8 @@ def name_layer(weight: str, taken: dict[str, Node]) -> str:
     return unique
 
 
-def _get_attribute(module: GraphModule, before: Node, name: str, like: Node | None) -> Node:
+def read_from(module: GraphModule, before: Node, name: str, like: Node | None) -> Node:
+    """Return a new node that reads the tensor of that name, placed before another, with what is known of `like`."""
     with module.graph.inserting_before(before):
         node = module.graph.get_attr(name)
     if like is not None:
@@ -97,9 +107,9 @@ def unshare(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
                 name = f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
             if name != source.target:
                 set_buffer(module, name, read_attribute(module, str(source.target)).detach().clone())
-                node.update_arg(index, _get_attribute(module, node, name, source))
+                node.update_arg(index, read_from(module, node, name, source))
             elif len(source.users) > 1:
-                node.update_arg(index, _get_attribute(module, node, name, source))
+                node.update_arg(index, read_from(module, node, name, source))
             taken.add(name)
 
 
@@ -118,7 +128,7 @@ def _keep_for_others(module: GraphModule, weighted: frozenset[str] | set[str]) -
         stem, _, last = str(source.target).rpartition(".")
         name = f"{stem}@float.{last}" if stem else f"{last}@float"
         set_buffer(module, name, read_attribute(module, str(source.target)).detach().clone())
-        copied = _get_attribute(module, source, name, source)
+        copied = read_from(module, source, name, source)
         for user in others:
             user.replace_input_with(source, copied)
 
@@ -174,7 +184,7 @@ def _fold_one(module: GraphModule, conv: Node, norm: Node) -> None:
         scaled = weight * factor.view(-1, *[1] * (weight.ndim - 1))
     set_buffer(module, weight_name, scaled.float())
     set_buffer(module, bias_name, (beta + (bias - mean) * factor).float())
-    bias_node = _get_attribute(module, conv, bias_name, norm.args[2] if isinstance(norm.args[2], Node) else None)
+    bias_node = read_from(module, conv, bias_name, norm.args[2] if isinstance(norm.args[2], Node) else None)
     conv.args = (conv.args[0], weight_node, bias_node, *conv.args[3:])
     norm.replace_all_uses_with(conv)
     module.graph.erase_node(norm)
@@ -197,7 +207,7 @@ def add_biases(module: GraphModule, weighted: frozenset[str] | set[str]) -> None
         zeros = value.new_zeros(value.shape[0])
         set_buffer(module, name, zeros)
         like = weight.meta.get("val")
-        bias = _get_attribute(module, node, name, None)
+        bias = read_from(module, node, name, None)
         if isinstance(like, Tensor):
             bias.meta["val"] = like.new_zeros(value.shape[0])
         node.args = (node.args[0], node.args[1], bias, *node.args[3:])
@@ -213,8 +223,16 @@ def copy_graph(module: GraphModule, *, share: bool = False) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    held = {name: read_attribute(module, name).detach() for name in names}
-    copied = GraphModule(held if share else {name: x.clone() for name, x in held.items()}, graph).eval()
+    held: dict[str, Any] = {}
+    for name in names:
+        value = attrgetter(name)(module)
+        if isinstance(value, GraphModule):  # a branch of torch.cond, or a region of autocast
+            held[name] = copy_graph(value, share=share)
+        else:
+            held[name] = value.detach() if share else value.detach().clone()
+    copied = GraphModule(held, graph).eval()
+    if any(isinstance(value, GraphModule) for value in held.values()):
+        inline_regions(copied)
     replace_in_place(copied)
     return copied
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jettison.core.errors import InputError, NonFiniteError, UnknownName
+from jettison.quantization.constants import fold_constants
 from jettison.quantization.convert import Quantized, Site
-from jettison.quantization.fold import copy_graph, find_layers, read_attribute, set_buffer
+from jettison.quantization.fold import copy_graph, find_layers, list_tensors, read_attribute, set_buffer
 from jettison.quantization.switches import WEIGHTED
 from jettison.quantization.weight_only import finish
 
@@ -42,9 +43,8 @@ def find_overflows(
     """
     most = torch.finfo(_find_dtype(dtype)).max
     found: dict[str, float] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            _note(found, str(node.target), read_attribute(module, str(node.target)), most)
+    for name in list_tensors(module):
+        _note(found, name, read_attribute(module, name), most)
     layers = {node: f"{name} output" for name, node in find_layers(module, WEIGHTED).items()}
     with torch.no_grad():
         for batch in batches:
@@ -61,6 +61,7 @@ def store_half(module: GraphModule, *, dtype: str, exclude: Collection[str] = ()
     """
     kind = _find_dtype(dtype)
     copied = copy_graph(module).requires_grad_(False)
+    fold_constants(copied)
     layers = find_layers(copied, WEIGHTED)
     for name in exclude:
         if name not in layers:
@@ -70,7 +71,7 @@ def store_half(module: GraphModule, *, dtype: str, exclude: Collection[str] = ()
     for node in list(copied.graph.nodes):
         if node.op != "get_attr" or str(node.target) in kept:
             continue
-        value = read_attribute(copied, str(node.target))
+        value: object = read_attribute(copied, str(node.target))  # or a branch's graph
         if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype not in (torch.float32, kind):
             continue
         if str(node.target) not in done:

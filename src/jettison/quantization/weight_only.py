@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from jettison.core.errors import InputError, NonFiniteError, UnknownName
+from jettison.quantization.constants import fold_constants
 from jettison.quantization.convert import Quantized, Site
 from jettison.quantization.fold import (
     copy_graph,
@@ -64,6 +65,7 @@ def quantize_weights(
             f"Weight-only layers have 4 or 8 bits and groups of {', '.join(map(str, GROUPS))}. Choose among these."
         )
     copied = copy_graph(module).requires_grad_(False)
+    fold_constants(copied)
     layers = pick_layers(copied, exclude)
     for name, node in list(layers.items()):
         weight_node = find_weight(node)
@@ -176,6 +178,7 @@ def finish(module: GraphModule) -> None:
 def list_kinds(module: GraphModule, layers: Collection[str], bits: int) -> tuple[Site, ...]:
     """Return all layers with weights, linear, recurrent and other, and the bits of their weights."""
     copied = copy_graph(module)
+    fold_constants(copied)
     write_linear(copied)
     unshare(copied, LINEAR)
     names = {node: name for name, node in {**find_layers(copied, WEIGHTED), **find_recurrent(copied)}.items()}
