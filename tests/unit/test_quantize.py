@@ -11,6 +11,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 from torch.fx.graph import CodeGen
 
+import jettison as jt
 from jettison.core.errors import CalibrationError, NonFiniteError, UnknownName
 from jettison.quantization import measure_sqnr, quantize
 from jettison.quantization.convert import fold
@@ -322,3 +323,33 @@ def test_bad_questions(net: GraphModule) -> None:
 
 def test_scheme_is_plain_data() -> None:
     assert isinstance(SCHEME, IntegerScheme) and SCHEME.weight == INT8 and SCHEME.activation == UINT8
+
+
+class Summed(nn.Module):
+    """Parts added by Python's `sum`, which starts with 0, and copies that change nothing."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.parts, self.head = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(2)), nn.Linear(8, 5)
+        self.plain = plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plain:
+            y = torch.relu(self.parts[0](x) + self.parts[1](x)).mean((2, 3))
+        else:
+            y = torch.relu(sum(part(x) for part in self.parts)).contiguous().clone()  # type: ignore[union-attr]
+            y = (y / 1).to(x.dtype).mean((2, 3)) * 1
+        logits: Tensor = self.head(y)
+        return logits
+
+
+def test_what_changes_no_number_leaves_no_rounding_behind() -> None:
+    torch.manual_seed(0)
+    model, x = Summed(plain=False).eval(), torch.randn(8, 3, 6, 6)
+    same = Summed(plain=True).eval()
+    same.load_state_dict(model.state_dict())
+    found, wanted = (jt.quantize(m, [x, x + 0.1]).module for m in (model, same))
+    assert [str(n.target) for n in found.graph.nodes if n.op == "call_function"] == [
+        str(n.target) for n in wanted.graph.nodes if n.op == "call_function"
+    ]
+    assert torch.equal(found(x), wanted(x))

@@ -17,6 +17,12 @@ FOLDABLE = frozenset({*CONVOLUTIONS, *TRANSPOSED, "aten.conv1d.padding", "aten.c
 """What a BatchNorm folds into, integer or not: PT2E folds what is left by itself, and stumbles over our buffers."""
 BATCH_NORM = "aten.batch_norm.default"
 IDENTITIES = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alias.default")
+NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
+"""Numbers that change nothing: `sum` of Python starts with a zero."""
+COPIES = ("aten.clone.default", "aten.contiguous.default", "aten.to.dtype", "aten._to_copy.default")
+"""What gives the same numbers in memory of its own, where it keeps their type."""
+ASSERTION = "aten._assert_tensor_metadata.default"
+"""The tracer's guard of a cast: a reader that would hold its tensor in float."""
 
 
 def name_operator(node: Node) -> str:
@@ -24,6 +30,23 @@ def name_operator(node: Node) -> str:
     if node.op != "call_function":
         return ""
     return str(node.target).replace("_.", ".") if str(node.target).startswith("aten.") else str(node.target)
+
+
+def is_identity(node: Node) -> bool:
+    """Say if a call of a graph without in-place calls gives the very numbers it is given."""
+    name = name_operator(node)
+    if name in IDENTITIES:
+        return True
+    source = node.args[0] if node.args else None
+    before, after = (n.meta.get("val") if isinstance(n, Node) else None for n in (source, node))
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    if before.dtype != after.dtype or before.device != after.device:
+        return False
+    if name in NEUTRAL:
+        other = node.args[1]
+        return isinstance(other, (int, float)) and other == NEUTRAL[name]
+    return name in COPIES
 
 
 def list_tensors(module: GraphModule) -> list[str]:
@@ -140,7 +163,10 @@ def fold_batch_norm(module: GraphModule) -> int:
     """
     folded = 0
     for node in list(module.graph.nodes):
-        if name_operator(node) in IDENTITIES:
+        if name_operator(node) == ASSERTION and not node.users:
+            module.graph.erase_node(node)
+            continue
+        if is_identity(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
             continue

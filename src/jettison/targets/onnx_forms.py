@@ -317,6 +317,22 @@ def _pad_constant(draft: Draft, node: Node, x: Any, pads: Sequence[int], value: 
     return _pad(draft, node, x, pads, "constant", value)
 
 
+def _normalise_batch(
+    draft: Draft, node: Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool,
+    momentum: float, eps: float, *rest: Any,
+) -> str:  # fmt: skip
+    if training or mean is None or variance is None:
+        raise NoForm("BatchNorm by the statistics of its batch")
+    like = draft.constants[draft.read(mean)]
+    scale, shift = (
+        draft.hold(np.full_like(like, number), like.dtype) if value is None else draft.read(value)
+        for value, number in ((weight, 1), (bias, 0))
+    )
+    return draft.add(
+        "BatchNormalization", [draft.read(x), scale, shift, draft.read(mean), draft.read(variance)], epsilon=eps
+    )
+
+
 def _pad(draft: Draft, node: Node, x: Any, pads: Sequence[int], mode: str = "constant", value: Any = None) -> str:
     if mode != "constant" or not all(isinstance(width, int) and width >= 0 for width in pads):
         raise NoForm("padding with more than a constant")
@@ -358,6 +374,7 @@ FORMS: dict[str, Form] = {
     "aten.gelu.default": _gelu,
     "aten.softmax.int": _softmax,
     "aten.layer_norm.default": _normalise_layer,
+    "aten.batch_norm.default": _normalise_batch,
     "aten.add.Tensor": partial(_combine, "Add"),
     "aten.sub.Tensor": partial(_combine, "Sub"),
     "aten.mul.Tensor": partial(_combine, "Mul"),
