@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,6 +46,17 @@ def attend_to_some(x: Tensor, w: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, mask)
 
 
+def normalise(channels: int, norm: type[nn.Module], **options: Any) -> nn.Module:
+    """A BatchNorm that has seen something."""
+    made: Any = norm(channels, **options)
+    made.running_mean.normal_()
+    made.running_var.uniform_(0.5, 2)
+    if made.affine:
+        nn.init.normal_(made.weight)
+        nn.init.normal_(made.bias)
+    return made  # type: ignore[no-any-return]
+
+
 PICTURE, ROWS, FLAT = (6, 8, 10), (5, 12), (12,)
 WHOLE: dict[str, tuple[tuple[int, ...], nn.Module | Function]] = {
     "conv1d": (ROWS, nn.Conv1d(5, 4, 3, 2, 1)),
@@ -79,6 +91,8 @@ WHOLE: dict[str, tuple[tuple[int, ...], nn.Module | Function]] = {
     "gelu": (FLAT, F.gelu),
     "softmax": (ROWS, lambda x: x.softmax(1)),
     "layer_norm": (ROWS, nn.LayerNorm((5, 12), 1e-3)),
+    "batch_norm": (PICTURE, normalise(6, nn.BatchNorm2d, eps=0.1)),
+    "batch_norm-plain": (ROWS, normalise(5, nn.BatchNorm1d, affine=False)),
     "arithmetic": (FLAT, lambda x: (x * 2 - 3) / (x * x + 1) + (1 - x) - x / 7),
     "arithmetic-types": (FLAT, lambda x: x + (x * 3).to(torch.int64) * 2),
     "mean-picture": (PICTURE, lambda x: x.mean((-1, 2))),
