@@ -151,6 +151,30 @@ def test_inputs_that_are_made_up_have_the_types_of_the_file(target: str, tmp_pat
     assert [2 * k.macs for k in found.kernels] == [k.macs for k in given.kernels]
 
 
+class Gated(nn.Module):
+    """A product without a bias that is split: OpenVINO multiplies its scales in where the halves are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up = nn.Linear(64, 64), nn.Linear(64, 256, bias=False)
+        self.down, self.head = nn.Linear(128, 64, bias=False), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.up(self.first(x)).chunk(2, -1)
+        logits: Tensor = self.head(self.down(nn.functional.silu(left) * right).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("target", BOTH)
+def test_scales_that_a_reader_multiplies_in_make_no_float_layer(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 32, 64)
+    for exclude, share in (((), 1.0), (("up",), 1 - 64 * 256 * 32 / (64 * (64 + 256 + 128) * 32 + 640))):
+        quantized = jt.quantize(Gated().eval(), [x], target=target, exclude=exclude)
+        path = jt.export(quantized.module, x[:1], tmp_path / "gated.onnx", target=target)
+        assert audit(path, target=target, inputs=x[:1], runs=3).integer_share == pytest.approx(share)
+
+
 def test_int8_weights_that_a_runtime_unpacks_are_told_from_excluded_ones(tmp_path: Path) -> None:
     path = write_int8("mixed", tmp_path / "q.onnx", "openvino")
     found = audit(path, target="onnxruntime", runs=3)

@@ -353,3 +353,24 @@ def test_what_changes_no_number_leaves_no_rounding_behind() -> None:
         str(n.target) for n in wanted.graph.nodes if n.op == "call_function"
     ]
     assert torch.equal(found(x), wanted(x))
+
+
+class Turned(nn.Module):
+    """A copy that a view needs, since it puts the turned axes in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 4 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).permute(0, 2, 3, 1).contiguous() + 0
+        logits: Tensor = self.head(torch.relu(y).view(len(x), -1))
+        return logits
+
+
+def test_a_copy_that_a_view_needs_stays() -> None:
+    torch.manual_seed(0)
+    model, x = Turned().eval(), torch.randn(8, 3, 6, 6)
+    with torch.no_grad():
+        wanted, found = model(x), jt.quantize(model, [x, x + 0.1]).module(x)
+    assert found.sub(wanted).norm() < 0.05 * wanted.norm()

@@ -227,6 +227,7 @@ def list_operators(
     timed = {} if arrays is None else _time_nodes(compiled, arrays, runs)
     roundings = onnx_layers.list_roundings(path) if path.suffix == ".onnx" else frozenset[str]()
     found = []
+    products: set[str] = set()
     nodes = [(node, {key: str(value.value) for key, value in node.get_rt_info().items()}) for node in _order(compiled)]
     kinds = {node.get_friendly_name(): info["layerType"] for node, info in nodes}
     stored = {node.get_friendly_name(): info["outputPrecisions"] for node, info in nodes}
@@ -238,6 +239,7 @@ def list_operators(
         covers = [_plain_name(n) for n in info["originalLayersNames"].split(",") if n]
         if kind in PRODUCT_KINDS and covers:
             covers.append(name_product(covers[0]))
+            products.update(covers)
         weights = [source for source in sources if kinds.get(source) == "Const"]
         rounding = kind in ROUNDING_KINDS and _is_rounding(kind, covers, roundings)
         at_start = any(kinds.get(source) == "Input" for source in sources)
@@ -257,7 +259,13 @@ def list_operators(
                 ms if ms is not None or not timed else 0.0,
             )
         )
-    return tuple(found)
+    # The scales of an integer product may be multiplied in by whoever reads it, which then bears its name, too.
+    return tuple(
+        o
+        if o.kernel.split()[0] in PRODUCT_KINDS
+        else replace(o, covers=tuple(c for c in o.covers if c not in products))
+        for o in found
+    )
 
 
 PRECISION_NAMES = {"u8": "int8", "i8": "int8", "I8": "int8", "bf16": "bf16", "f16": "fp16", "f32": "fp32"}
