@@ -114,6 +114,46 @@ def test_what_else_reads_the_parameter_still_gets_its_own_value() -> None:
     assert set(list_tensors(folded)) == {"layer.weight", "layer@2.weight", "layer.bias"}
 
 
+class Placed(nn.Module):
+    """A projection of a table of positions, as in XCiT: no layer that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.project = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.table, self.head = nn.Buffer(torch.randn(1, 4, 6, 6)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x)) + torch.relu(self.project(self.table.sin()))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_layer_applied_to_a_constant_is_one() -> None:
+    torch.manual_seed(0)
+    model, x = Placed().eval(), torch.randn(4, 3, 6, 6)
+    found = jt.quantize(model, [x, x + 0.1])
+    assert [site.layer for site in found.sites] == ["first", "head"]
+    with torch.no_grad():
+        assert found.module(x).sub(model(x)).norm() < 0.03 * model(x).norm()
+
+
+class Noisy(nn.Module):
+    """A weight with noise is drawn at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight + torch.rand_like(self.layer.weight))
+
+
+def test_what_is_drawn_is_no_constant() -> None:
+    folded = copy_graph(trace_module(Noisy().eval(), (torch.randn(3, 6),), {}).module)
+    fold_constants(folded)
+    assert list_tensors(folded) == ["layer.weight"]
+
+
 class Made(nn.Module):
     """A weight that hangs on the input is no constant."""
 

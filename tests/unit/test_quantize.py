@@ -374,3 +374,30 @@ def test_a_copy_that_a_view_needs_stays() -> None:
     with torch.no_grad():
         wanted, found = model(x), jt.quantize(model, [x, x + 0.1]).module(x)
     assert found.sub(wanted).norm() < 0.05 * wanted.norm()
+
+
+class PreActivated(nn.Module):
+    """A convolution that a BatchNorm and the shortcut read: folding one into the other would change the shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+        nn.init.uniform_(self.norm.running_var, 2, 9)
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.conv(torch.relu(self.norm(x)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_norm_beside_a_shortcut_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model, x = PreActivated().eval(), torch.randn(16, 3, 6, 6)
+    found = jt.quantize(model, [x, x + 0.1])
+    assert [str(n.target) for n in found.module.graph.nodes].count("aten.batch_norm.default") == 1
+    assert [site.bits for site in found.sites] == [8, 8, 8]
+    with torch.no_grad():
+        assert found.module(x).sub(model(x)).norm() < 0.03 * model(x).norm()

@@ -19,13 +19,20 @@ READERS = FOLDABLE | {"aten.linear.default"}
 
 
 def fold_constants(module: GraphModule) -> None:
-    """Compute each weight and bias that hangs on parameters alone once and for all, in place.
+    """Compute each weight, bias and layer that hangs on parameters alone once and for all, in place.
 
-    Standardised weights, parametrisations, biases put together from parts: what is deployed is their value.
+    Standardised weights, parametrisations, biases put together from parts, layers applied to a position table: what is
+    deployed is their value.
     """
     held = set(list_tensors(module))
     done: dict[Node, str] = {}
     for node in [n for n in module.graph.nodes if name_operator(n) in READERS]:
+        if _list_parts(module, node) is not None:
+            name = f"{node.name}.constant"
+            set_buffer(module, name, _evaluate(module, node, {}).detach().clone())
+            held.add(name)
+            node.replace_all_uses_with(read_from(module, node, name, node))
+            continue
         for index, last in ((1, "weight"), (2, "bias")):
             source = node.args[index] if len(node.args) > index else None
             if not isinstance(source, Node) or source.op == "get_attr":
@@ -57,7 +64,7 @@ def _list_parts(module: GraphModule, value: Node) -> dict[Node, str] | None:
         found[node] = ""
         if node.op == "get_attr" and isinstance(attrgetter(str(node.target))(module), Tensor):
             found[node] = str(node.target)
-        elif node.op != "call_function":
+        elif node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return None
         todo += node.all_input_nodes
     return found if any(found.values()) else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from jettison.progress import track
 from jettison.quantization.bits import read_levels
 from jettison.quantization.constants import fold_constants
 from jettison.quantization.fold import (
-    BATCH_NORM,
     FOLDABLE,
     copy_graph,
     find_layers,
@@ -94,6 +93,9 @@ def convert(
 
         from jettison.quantization.annotate import SchemeQuantizer
 
+        # PT2E folds what BatchNorms we left, even where others read the convolution; and its conversion looks for those
+        # of its own training with patterns it builds anew each time, which takes longer than all else.
+        _exchange(copied, torch.ops.aten.batch_norm.default, _normalise)
         prepared = prepare_pt2e(copied, SchemeQuantizer(scheme, exclude, ranger))
         _name_observers(prepared)
         rows = choose_rows(folded)
@@ -101,27 +103,19 @@ def convert(
             for part in zip(*(x.split(rows or len(x)) for x in batch), strict=True):
                 prepared(*part)
         _round_weights(prepared, scheme, weights)
-        with _hide_norms(prepared):
-            converted = convert_pt2e(prepared)
+        converted = convert_pt2e(prepared)
+        _exchange(converted, _normalise, torch.ops.aten.batch_norm.default)
     result = _tidy(converted, names)
     _own_tensors(result, folded)
     return result
 
 
-@contextmanager
-def _hide_norms(module: GraphModule) -> Iterator[None]:
-    """Call every BatchNorm by another name, in place: PT2E's conversion looks for those of its own training.
-
-    It builds its patterns anew each time, which takes longer than all else together, and finds none of ours.
-    """
-    norms = [n for n in module.graph.nodes if name_operator(n) == BATCH_NORM]
-    for node in norms:
-        node.target = _normalise
-    try:
-        yield
-    finally:
-        for node in norms:
-            node.target = torch.ops.aten.batch_norm.default
+def _exchange(module: GraphModule, old: object, new: Callable[..., Any]) -> None:
+    """Let every call of one function be one of another, in place."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target is old:
+            node.target = new
+    module.recompile()
 
 
 def _normalise(*args: Any) -> Any:
