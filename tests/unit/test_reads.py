@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import jettison as jt
 from jettison.graph.trace import trace_module
 from jettison.quantization import quantize
 from jettison.quantization.fold import name_operator
@@ -105,3 +106,22 @@ def test_outliers_in_a_stream_cost_a_tenth_of_what_rounding_it_costs(monkeypatch
         (found,) = quantize(module, [(x,)], scheme=onnxruntime.scheme(FLAGS)).module(x)
         losses.append(float((found - wanted).square().sum()))
     assert losses[0] < 0.1 * losses[1]
+
+
+class Placed(nn.Module):
+    """A projection of positions that are made for as many rows as the batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.project, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.ones(x.shape[0], 4, 6, 6).cumsum(2).sin()
+        logits: Tensor = self.head((self.first(x) + self.project(table)).mean((2, 3)))
+        return logits
+
+
+def test_a_layer_that_reads_only_sizes_stays_float() -> None:
+    torch.manual_seed(0)
+    found = jt.quantize(Placed().eval(), [torch.randn(8, 3, 6, 6)])
+    assert {site.layer: site.bits for site in found.sites} == {"first": 8, "project": 32, "head": 8}

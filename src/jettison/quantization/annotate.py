@@ -23,7 +23,7 @@ from jettison.core.errors import CalibrationError
 from jettison.quantization.bits import find_tensor_levels, read_weight_levels
 from jettison.quantization.fold import find_layers, find_weight, name_operator
 from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale, span_unit
-from jettison.quantization.reads import find_read
+from jettison.quantization.reads import find_moved, find_read
 from jettison.targets.integer import IntegerScheme, Levels
 
 KEY = "quantization_annotation"
@@ -111,9 +111,12 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate `model` in place, as PT2E asks, and return it."""
+        layers = find_layers(model, frozenset(self.scheme.weighted))
+        moved = find_moved(model)
+        self.exclude |= {name for name, node in layers.items() if node not in moved}
         self.levels = find_tensor_levels(model, self.scheme)
         self.read = find_read(model, self.scheme, self.exclude)
-        for name, node in find_layers(model, frozenset(self.scheme.weighted)).items():
+        for name, node in layers.items():
             if name not in self.exclude:
                 self._annotate_weighted(name, node)
         for node in model.graph.nodes:

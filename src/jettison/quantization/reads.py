@@ -24,3 +24,16 @@ def find_read(module: GraphModule, scheme: IntegerScheme, exclude: Collection[st
         if any(u in multiplied or (u in found and name_operator(u) in passing) for u in node.users):
             found.add(node)
     return frozenset(found)
+
+
+def find_moved(module: GraphModule) -> frozenset[Node]:
+    """Return the nodes whose numbers hang on those of an input; a position table made for a batch's size does not.
+
+    Runtimes compute the others when they load a network, and OpenVINO 2026.4 fails at integer layers among them.
+    """
+    moved: set[Node] = set()
+    for node in module.graph.nodes:
+        is_size = name_operator(node).startswith("aten.sym_")
+        if node.op == "placeholder" or (not is_size and any(source in moved for source in node.all_input_nodes)):
+            moved.add(node)
+    return frozenset(moved)
