@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
-from jettison.quantization.convert import find_clamp
+from jettison.quantization.clamps import find_clamp
 from jettison.quantization.fold import copy_graph
 from jettison.quantization.replay import Batches, Layer, walk_layers
 from jettison.quantization.weights import (

@@ -21,6 +21,7 @@ from torchao.quantization.pt2e.quantizer import (
 
 from jettison.core.errors import CalibrationError
 from jettison.quantization.bits import find_tensor_levels, read_weight_levels
+from jettison.quantization.clamps import keeps_values
 from jettison.quantization.fold import find_layers, find_weight, name_operator
 from jettison.quantization.ranges import Histogram, Ranger, choose_scale, choose_weight_scale, span_unit
 from jettison.quantization.reads import find_moved, find_read
@@ -125,7 +126,7 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
                 self._annotate_requantized(node)
             elif operator in self.scheme.shared:
                 self._annotate_shared(node)
-            elif operator in self.scheme.inherited and self._is_quantized(node.args[0]) and _keeps_values(node):
+            elif operator in self.scheme.inherited and self._is_quantized(node.args[0]) and keeps_values(node):
                 self._annotate_inherited(node)
         return model
 
@@ -248,15 +249,6 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
             _annotated=True,
         )
         self.annotated.add(node)
-
-
-def _keeps_values(node: Node) -> bool:
-    """Say if all that a moving operator puts into its output is its input, or zero, which every range holds exactly."""
-    if name_operator(node) == "aten.constant_pad_nd.default":
-        return node.args[2:] in ((), (0,), (0.0,))
-    if name_operator(node) == "aten.pad.default":
-        return node.args[2:] in ((), ("constant",), ("constant", None), ("constant", 0), ("constant", 0.0))
-    return True
 
 
 def derive_bias_scale(observers: list[ObserverBase]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from jettison.quantization.convert import find_clamp
+from jettison.quantization.clamps import find_clamp
 from jettison.quantization.fold import copy_graph, read_attribute
 from jettison.quantization.replay import Batches, Layer, walk_layers
 from jettison.quantization.weights import Weight, name_axis, read_weight, write_weight

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
-from jettison.quantization.convert import is_integer, read_clamp
+from jettison.quantization.clamps import read_clamp
+from jettison.quantization.convert import is_integer
 from jettison.quantization.fold import name_operator
 from jettison.quantization.replay import UNFOLDED, Batches, find_constants
 

@@ -23,6 +23,7 @@ from jettison.graph.subgraphs import count_branch_levels, list_regions
 from jettison.graph.trace import source_line
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
+from jettison.quantization.clamps import drop_covered, hoist_clamps
 from jettison.quantization.constants import fold_constants
 from jettison.quantization.fold import (
     FOLDABLE,
@@ -160,7 +161,8 @@ def list_sites(folded: GraphModule, converted: GraphModule, scheme: IntegerSchem
 def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
     """Return a copy with BatchNorm folded, every weighted call owning its parameters, and none needing gradients.
 
-    Products with a stored matrix become linear layers. Raises TraceError for a branch inside a branch.
+    Products with a stored matrix become linear layers, and activations stand before what moves numbers.
+    Raises TraceError for a branch inside a branch.
     """
     if count_branch_levels(module) > 1:
         line = next(source_line(node) for node in module.graph.nodes if len(list_regions(module, node)) > 1)
@@ -175,6 +177,7 @@ def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
     unshare(folded, weighted | FOLDABLE)
     fold_batch_norm(folded)
     keep_picture_axes(folded)
+    hoist_clamps(folded)
     return folded.requires_grad_(False)
 
 
@@ -264,7 +267,11 @@ def _tidy(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> Graph
     for node in list(graph.nodes):
         if str(node.target) == "quantized_decomposed.quantize_per_tensor.default":
             node.target = divide
-            _drop_covered(node)
+            drop_covered(node)
+    graph.eliminate_dead_code()
+    for node in list(graph.nodes):
+        if name_operator(node) == "aten.cat.default":
+            _round_once(node)
     graph.eliminate_dead_code()
     _name_constants(converted, names)
     # A new GraphModule: PT2E leaves one whose .eval() raises.
@@ -275,47 +282,24 @@ def _tidy(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> Graph
     return result
 
 
-FLOOR, CEILING = -float("inf"), float("inf")
+def _round_once(joined: Node) -> None:
+    """Let the one reader of a concatenation's rounding read the concatenation, where that rounding changes nothing.
 
-
-def read_clamp(node: Node) -> tuple[float, float] | None:
-    """Return the ends a clamping activation cuts at, or None if the node is none."""
-    name = name_operator(node)
-    if name == "aten.relu.default":
-        return 0.0, CEILING
-    if name == "aten.relu6.default":
-        return 0.0, 6.0
-    if name not in ("aten.hardtanh.default", "aten.clamp.default") or node.kwargs:
-        return None
-    defaults = (-1.0, 1.0) if name == "aten.hardtanh.default" else (FLOOR, CEILING)
-    ends = [*node.args[1:], *defaults[len(node.args) - 1 :]]
-    if not all(isinstance(end, (int, float)) or end is None for end in ends):
-        return None
-    low, high = (default if end is None else float(end) for end, default in zip(ends, (FLOOR, CEILING), strict=True))  # type: ignore[arg-type]
-    return low, high
-
-
-def find_clamp(node: Node) -> tuple[float, float]:
-    """Return the ends that the activation after a layer of the float graph cuts at; infinities where there is none."""
-    users = list(node.users)
-    ends = read_clamp(users[0]) if len(users) == 1 else None
-    return (FLOOR, CEILING) if ends is None else ends
-
-
-def _drop_covered(quantizing: Node) -> None:
-    """Take out the activation before a quantization whose own saturation does the same."""
-    source, scale, zero_point, q_min, q_max = quantizing.args[:5]
-    assert isinstance(source, Node)
-    ends = read_clamp(source)
-    if ends is None or len(source.users) != 1:
+    All that is joined stands on the very grid it would be rounded to. OpenVINO 2026.4 dies of two roundings in a row
+    after a concatenation, and ONNX Runtime makes one of them with a scale of its own.
+    """
+    (rounding,) = joined.users if len(joined.users) == 1 else (joined,)
+    grid = rounding.args[1:]
+    parts = [part for part in joined.args[0] if isinstance(part, Node)]  # type: ignore[union-attr]
+    if not _rounds(rounding) or not all("dequantize" in str(p.target) and p.args[1:] == grid for p in parts):
         return
-    assert (
-        isinstance(scale, float) and isinstance(zero_point, int) and isinstance(q_min, int) and isinstance(q_max, int)
-    )
-    low, high = (q_min - zero_point) * scale, (q_max - zero_point) * scale
-    # Half a step over the end still rounds to the same last integer.
-    if low > ends[0] - scale / 2 and high < ends[1] + scale / 2:
-        quantizing.update_arg(0, source.args[0])
+    readers = [reader for restored in rounding.users for reader in restored.users]
+    if len(readers) == 1 and _rounds(readers[0]):
+        readers[0].update_arg(0, joined)
+
+
+def _rounds(node: Node) -> bool:
+    return node.target is quantize_operator()
 
 
 def _name_constants(converted: GraphModule, names: Mapping[str, tuple[str, ...]]) -> None:

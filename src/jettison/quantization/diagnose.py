@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from jettison.core.errors import CalibrationError
 from jettison.quantization.causes import LOUD, LOW_DB, Cause, Facts, find_causes
-from jettison.quantization.convert import fold, read_clamp
+from jettison.quantization.clamps import read_clamp
+from jettison.quantization.convert import fold
 from jettison.quantization.fold import BATCH_NORM, copy_graph, find_layers, name_operator
 from jettison.quantization.leave_out import Bench, Divergence, read_range, run_bench
 from jettison.quantization.switches import WEIGHTED, Spot, Switched, is_restoring, is_rounding

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from jettison.core.errors import InputError
-from jettison.quantization.convert import read_clamp
+from jettison.quantization.clamps import read_clamp
 from jettison.quantization.fold import CONVOLUTIONS, find_layers, name_operator, read_attribute
 
 WEIGHTED = frozenset({*CONVOLUTIONS, "aten.linear.default", "aten.conv_transpose2d.input"})
