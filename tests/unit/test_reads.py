@@ -121,7 +121,10 @@ class Placed(nn.Module):
         return logits
 
 
-def test_a_layer_that_reads_only_sizes_stays_float() -> None:
+def test_what_reads_only_sizes_stays_float() -> None:
+    """The layer, and the sum with what it gives."""
     torch.manual_seed(0)
     found = jt.quantize(Placed().eval(), [torch.randn(8, 3, 6, 6)])
     assert {site.layer: site.bits for site in found.sites} == {"first": 8, "project": 32, "head": 8}
+    (added,) = (n for n in found.module.graph.nodes if name_operator(n) == "aten.add.Tensor")
+    assert "dequantize" in str(added.args[0].target) and name_operator(added.args[1]) == "aten.conv2d.default"

@@ -109,12 +109,13 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         self.annotated: set[Node] = set()
         self.summed: set[Node] = set()
         self.read: frozenset[Node] = frozenset()
+        self.moved: frozenset[Node] = frozenset()
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate `model` in place, as PT2E asks, and return it."""
         layers = find_layers(model, frozenset(self.scheme.weighted))
-        moved = find_moved(model)
-        self.exclude |= {name for name, node in layers.items() if node not in moved}
+        self.moved = find_moved(model)
+        self.exclude |= {name for name, node in layers.items() if node not in self.moved}
         self.levels = find_tensor_levels(model, self.scheme)
         self.read = find_read(model, self.scheme, self.exclude)
         for name, node in layers.items():
@@ -221,6 +222,8 @@ class SchemeQuantizer(Quantizer):  # type: ignore[misc]
         tensors = [a for a in sources if isinstance(a.meta.get("val"), Tensor)]
         both = name_operator(node) not in ("aten.add.Tensor", "aten.mul.Tensor") or len(tensors) == 2
         if not both or not all(a.meta["val"].is_floating_point() for a in tensors):
+            return
+        if not all(a in self.moved or a.op == "get_attr" for a in tensors):
             return
         if not any(self._is_quantized(tensor) or tensor in self.summed for tensor in tensors):
             return

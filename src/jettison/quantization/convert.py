@@ -138,12 +138,11 @@ def choose_rows(module: GraphModule) -> int | None:
 
     Memory that the allocator gives back and asks for again at each layer makes large batches slower than small ones.
     """
-    sizes = [n.meta["val"].shape for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
-    free = [shape for shape in sizes if shape and not isinstance(shape[0], int)]
-    places = [n for n in module.graph.nodes if n.op == "placeholder"]
-    if not all(isinstance(n.meta.get("val"), Tensor) and n.meta["val"].shape in free for n in places):
+    tensors = {n: n.meta["val"] for n in module.graph.nodes if isinstance(n.meta.get("val"), Tensor)}
+    free = {n: x.shape for n, x in tensors.items() if x.ndim and not isinstance(x.shape[0], int)}
+    if not all(node in free for node in module.graph.nodes if node.op == "placeholder"):
         return None
-    largest = max(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in free)
+    largest = max(math.prod(size for size in shape[1:] if isinstance(size, int)) for shape in free.values())
     return max(1, AT_ONCE // max(1, largest))
 
 
