@@ -60,11 +60,27 @@ class Joined(nn.Module):
         return logits
 
 
+class Branched(Joined):
+    """The same with an activation of its own in each branch, as in NASNet's cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([part(x) for part in self.parts], 1)
+        logits: Tensor = self.head((self.second(torch.relu(y)) + self.third(torch.relu(y))).mean((2, 3)))
+        return logits
+
+
+WHOLE = {"joined layers, relu": Joined, "joined layers, a relu in each branch": Branched}
+
+
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", [*BETWEEN, "joined layers, relu"])
+@pytest.mark.parametrize("name", [*BETWEEN, *WHOLE])
 def test_the_file_is_as_simulated(name: str, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = (Between(BETWEEN[name]) if name in BETWEEN else Joined()).eval()
+    model = (Between(BETWEEN[name]) if name in BETWEEN else WHOLE[name]()).eval()
     x = torch.randn(16, 3, 16, 16)
     quantized = jt.quantize(model, [x], target=target)
     path = jt.export(quantized.module, x, tmp_path / "net.onnx", target=target)

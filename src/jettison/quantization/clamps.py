@@ -51,6 +51,19 @@ def drop_covered(quantizing: Node) -> None:
         quantizing.update_arg(0, source.args[0])
 
 
+def merge_clamps(module: GraphModule) -> None:
+    """Let readers of one tensor's clamped numbers share one activation, in place, as the branches of NASNet's cells."""
+    known: dict[tuple[object, ...], Node] = {}
+    for node in list(module.graph.nodes):
+        if read_clamp(node) is None:
+            continue
+        first = known.setdefault((name_operator(node), *node.args), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            module.graph.erase_node(node)
+    module.recompile()
+
+
 def hoist_clamps(module: GraphModule) -> None:
     """Let ReLU and ReLU6 clamp before numbers are pooled, padded or laid out anew, not after, in place.
 

@@ -23,7 +23,7 @@ from jettison.graph.subgraphs import count_branch_levels, list_regions
 from jettison.graph.trace import source_line
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
-from jettison.quantization.clamps import drop_covered, hoist_clamps
+from jettison.quantization.clamps import drop_covered, hoist_clamps, merge_clamps
 from jettison.quantization.constants import fold_constants
 from jettison.quantization.fold import (
     FOLDABLE,
@@ -176,6 +176,7 @@ def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
     unshare(folded, weighted | FOLDABLE)
     fold_batch_norm(folded)
     keep_picture_axes(folded)
+    merge_clamps(folded)
     hoist_clamps(folded)
     return folded.requires_grad_(False)
 
