@@ -57,13 +57,25 @@ def normalise(channels: int, norm: type[nn.Module], **options: Any) -> nn.Module
     return made  # type: ignore[no-any-return]
 
 
+def look_up_bias(x: Tensor, w: Tensor) -> Tensor:
+    """Attention with a bias by relative position, as in Swin: all of it hangs on the weight."""
+    places = torch.arange(5)[:, None] - torch.arange(5)[None] + 4
+    bias = w[places.view(-1)].view(5, 5, 1).permute(2, 0, 1).contiguous()
+    return (x @ x.transpose(1, 2) + bias).softmax(-1) @ x
+
+
 PICTURE, ROWS, FLAT = (6, 8, 10), (5, 12), (12,)
+SOLID = (4, 6, 8, 4)
 WHOLE: dict[str, tuple[tuple[int, ...], nn.Module | Function]] = {
     "conv1d": (ROWS, nn.Conv1d(5, 4, 3, 2, 1)),
     "conv1d-same": (ROWS, nn.Conv1d(5, 4, 4, padding="same")),
     "conv2d": (PICTURE, nn.Conv2d(6, 4, (3, 2), (2, 1), (1, 0), groups=2, bias=False)),
     "conv2d-same": (PICTURE, nn.Conv2d(6, 4, 4, padding="same", dilation=2)),
     "conv2d-valid": (PICTURE, nn.Conv2d(6, 4, 3, padding="valid")),
+    "conv3d": (SOLID, nn.Conv3d(4, 6, (1, 3, 2), 2, (0, 1, 1))),
+    "conv3d-same": (SOLID, nn.Conv3d(4, 6, 3, padding="same", groups=2)),
+    "conv_transpose1d": (ROWS, nn.ConvTranspose1d(5, 4, 3, 2)),
+    "conv_transpose3d": (SOLID, nn.ConvTranspose3d(4, 6, 2, 2)),
     "conv_transpose2d": (PICTURE, nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2)),
     "linear": (FLAT, nn.Linear(12, 7)),
     "linear-rows": (ROWS, nn.Linear(12, 7, bias=False)),
@@ -93,6 +105,14 @@ WHOLE: dict[str, tuple[tuple[int, ...], nn.Module | Function]] = {
     "layer_norm": (ROWS, nn.LayerNorm((5, 12), 1e-3)),
     "batch_norm": (PICTURE, normalise(6, nn.BatchNorm2d, eps=0.1)),
     "batch_norm-plain": (ROWS, normalise(5, nn.BatchNorm1d, affine=False)),
+    "group_norm": (PICTURE, nn.GroupNorm(3, 6, 1e-2)),
+    "group_norm-rows-plain": (ROWS, nn.GroupNorm(1, 5, affine=False)),
+    "sin-cos": (FLAT, lambda x: x.sin() + (2 * x).cos()),
+    "powers": (FLAT, lambda x: (x * x + 1).rsqrt() + x**2 + x.abs() ** 0.5),
+    "amax": (ROWS, lambda x: x.amax(1, keepdim=True) + x.amax((1, 2), keepdim=True)),
+    "norms": (ROWS, lambda x: F.normalize(x, dim=-1) + torch.linalg.vector_norm(x, 1, 1, True)),
+    "where": (FLAT, lambda x: torch.where(x.clamp(min=0).to(torch.bool), x, 2 * x)),
+    "masked_fill": (FLAT, lambda x: x.masked_fill(x.clamp(min=0).to(torch.bool), -3.0)),
     "arithmetic": (FLAT, lambda x: (x * 2 - 3) / (x * x + 1) + (1 - x) - x / 7),
     "arithmetic-types": (FLAT, lambda x: x + (x * 3).to(torch.int64) * 2),
     "mean-picture": (PICTURE, lambda x: x.mean((-1, 2))),
@@ -100,23 +120,54 @@ WHOLE: dict[str, tuple[tuple[int, ...], nn.Module | Function]] = {
     "mean-rows": (ROWS, lambda x: x.mean(1)),
     "sum": (ROWS, lambda x: x.sum(-1, keepdim=True) + x.sum((1, 2), keepdim=True)),
     "adaptive_avg_pool2d": (PICTURE, nn.AdaptiveAvgPool2d(1)),
+    "adaptive_avg_pool1d": (ROWS, nn.AdaptiveAvgPool1d(4)),
+    "adaptive_avg_pool2d-parts": (PICTURE, nn.AdaptiveAvgPool2d((4, 2))),
+    "adaptive_avg_pool3d": (SOLID, nn.AdaptiveAvgPool3d((1, 4, 2))),
+    "upsample_nearest2d": (PICTURE, lambda x: F.interpolate(x, scale_factor=2) + F.interpolate(x, (16, 20))),
+    "upsample_bilinear2d": (PICTURE, lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "upsample_bilinear2d-corners": (
+        PICTURE,
+        lambda x: F.interpolate(x, (24, 20), mode="bilinear", align_corners=True),
+    ),
+    "upsample_bilinear2d-half": (PICTURE, lambda x: F.interpolate(x, scale_factor=(0.5, 1.5), mode="bilinear")),
+    "upsample_bilinear2d-odd": (PICTURE, lambda x: F.interpolate(x, (13, 7), mode="bilinear")),
+    "max_pool3d": (SOLID, nn.MaxPool3d((1, 3, 2), 2, (0, 1, 1))),
+    "max_pool2d-even-ceil": (PICTURE, nn.MaxPool2d(2, 2, ceil_mode=True)),
+    "avg_pool2d-even-ceil": (PICTURE, nn.AvgPool2d((2, 3), (2, 1), (0, 1), ceil_mode=True)),
     "max_pool2d": (PICTURE, nn.MaxPool2d(3, 2, 1)),
     "max_pool2d-dilated": (PICTURE, nn.MaxPool2d((2, 3), dilation=2)),
     "avg_pool2d": (PICTURE, nn.AvgPool2d(3, 2, 1)),
     "avg_pool2d-outside": (PICTURE, nn.AvgPool2d(2, padding=1, count_include_pad=False)),
     "shapes": (PICTURE, lambda x: x.flatten(2).view(x.shape[0], 2, 3, 80).reshape(-1, 240).unsqueeze(1)),
+    "more shapes": (
+        PICTURE,
+        lambda x: torch.ops.aten._unsafe_view(x.unflatten(-1, (2, 5)).reshape_as(x)[:, :1].squeeze(1), [-1, 4, 20]),
+    ),
+    "stack": (ROWS, lambda x: torch.stack([x, x * 2], -1) + torch.stack([x, -x], 3)),
+    "roll": (PICTURE, lambda x: x.roll((1, -3), (2, 3)).roll(0, 1)),
+    "casts": (FLAT, lambda x: x.to("cpu") + x.to(torch.int64).type_as(x) + x.to(x.dtype, copy=True)),
+    "copies": (
+        ROWS,
+        lambda x: (
+            torch.ops.aten.alias(x.transpose(1, 2).contiguous())
+            + torch.ops.aten._to_copy(x.transpose(1, 2), dtype=torch.float64).to(torch.device("cpu"), torch.float32)
+        ),
+    ),
+    "made": (ROWS, lambda x: x * torch.arange(12) + torch.linspace(0, 1, 12).sin()),
     "permute": (PICTURE, lambda x: x.permute(0, 3, 1, 2).transpose(-1, 1)),
     "cat": (ROWS, lambda x: torch.cat([x, x * 2, x[:, :2]], 1)),
     "parts": (ROWS, lambda x: x[:, 1, 1::2] + x[:, -2:, ::2].sum(1)),
     "split": (ROWS, lambda x: x.split([2, 3], 1)[1] * x.chunk(2, 1)[0] + x.split(2, 1)[2]),
     "unbind": (ROWS, lambda x: x.unbind(1)[3] - x.unbind(1)[0]),
     "pads": (PICTURE, lambda x: F.pad(x, (1, 0, 2, 3), value=0.5) + torch.constant_pad_nd(x, (1, 0, 2, 3))),
+    "pads-negative": (PICTURE, lambda x: F.pad(x, (-1, 2, 1, -3)) + F.pad(x, (0, 1, -2, 0))),
     "passes": (FLAT, lambda x: F.dropout(x, 0.5, False).detach().clone().contiguous()),
 }
 WITH_WEIGHT: dict[str, tuple[tuple[int, ...], tuple[int, ...], Callable[..., Tensor]]] = {
     "expand": (ROWS, (1, 1, 12), lambda x, w: torch.cat([w.expand(x.shape[0], 2, -1), x], 1)),
     "expand-fixed": (ROWS, (5, 1), lambda x, w: x * w.expand(5, 12)),
     "attention-bool": (PICTURE, (8, 1), attend_to_some),
+    "table": (ROWS, (9, 1), look_up_bias),
     "embedding": (FLAT, (9, 4), lambda x, w: F.embedding(x.abs().clamp(max=2).to(torch.int64), w)),
 }
 

@@ -7,6 +7,7 @@ is not there is left to `torch.onnx.export`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 IR_VERSION = 10
 """What `torch.onnx.export` writes for opset 18."""
+
+
+LARGE = 2**16
+"""So many numbers may be written out in place of what makes them."""
 
 
 class NoForm(Exception):
@@ -150,6 +155,7 @@ def _write(
     from jettison.targets.onnx_forms import FORMS
 
     draft = Draft(module, find_kinds(module, inputs, dynamic), batch_source=input_names[0])
+    fixed = fold_constants(module, draft.kinds)
     entries = iter(input_names)
     outputs: list[Any] = []
     for node in module.graph.nodes:
@@ -163,6 +169,9 @@ def _write(
             outputs = list(node.args[0])
         elif draft.kinds[node] is None or _is_size(draft.kinds[node]):
             continue  # an assertion of the tracer's; or a size, which is read off the kinds
+        elif node in fixed:
+            if (value := fixed[node]) is not None:
+                draft.names[node] = draft.hold(value, value.dtype)
         elif (form := FORMS.get(str(node.target))) is None:
             raise NoForm(str(node.target))
         else:
@@ -186,6 +195,43 @@ def _write(
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=IR_VERSION, producer_name="jettison"
     )
+
+
+def fold_constants(module: GraphModule, kinds: Mapping[Node, Any]) -> dict[Node, np.ndarray[Any, Any] | None]:
+    """Return the numbers of what hangs on no input, for those that something else reads; None for those in between.
+
+    What is stored as integers stays so, and what would be larger than what it is made from is left to the runtime.
+    """
+    import torch
+    from torch.fx.node import map_arg
+
+    values: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = attrgetter(str(node.target))(module)
+            continue
+        sources = node.all_input_nodes
+        if node.op != "call_function" or not isinstance(kinds[node], Kind) or any(s not in values for s in sources):
+            continue
+        name = str(node.target)
+        if not name.startswith("aten.") or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if math.prod(size or 1 for size in kinds[node].sizes) > max([LARGE, *(_count(values[s]) for s in sources)]):
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        with torch.no_grad():
+            values[node] = node.target(*args, **kwargs)
+    found: dict[Node, np.ndarray[Any, Any] | None] = {}
+    for node, value in values.items():
+        if node.op == "call_function":
+            to_numpy(value.dtype)
+            is_read = any(user not in values for user in node.users)
+            found[node] = value.detach().cpu().contiguous().numpy() if is_read else None
+    return found
+
+
+def _count(value: Any) -> int:
+    return int(value.numel())
 
 
 def find_kinds(module: GraphModule, inputs: tuple[Tensor, ...], dynamic: bool) -> dict[Node, Any]:
@@ -214,7 +260,8 @@ def _run_on_meta(module: GraphModule, inputs: tuple[Tensor, ...], rows: Sequence
                 values[node] = attrgetter(str(node.target))(module).to("meta")
             elif node.op == "call_function":
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
+                args = [torch.device("meta") if isinstance(a, torch.device) else a for a in args]
+                values[node] = node.target(*args, **{k: "meta" if k == "device" else v for k, v in kwargs.items()})
     return values
 
 

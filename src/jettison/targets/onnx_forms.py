@@ -204,9 +204,13 @@ def _sum(draft: Draft, node: Node, x: Any, dims: Sequence[int] | None = None, ke
 
 
 def _average_adaptive(draft: Draft, node: Node, x: Any, size: Sequence[int]) -> str:
-    if list(size) != [1, 1] or len(draft.kind(x).sizes) != 4:
-        raise NoForm("adaptive pooling to more than one place")
-    return draft.add("GlobalAveragePool", [draft.read(x)])
+    before, after = draft.kind(x).sizes[2:], draft.kind(node).sizes[2:]
+    if set(after) == {1}:
+        return draft.add("GlobalAveragePool", [draft.read(x)])
+    kernel = [a // b if a and b and a % b == 0 else 0 for a, b in zip(before, after, strict=True)]
+    if 0 in kernel:
+        raise NoForm("adaptive pooling to places of unequal size")
+    return draft.add("AveragePool", [draft.read(x)], kernel_shape=kernel, strides=kernel)
 
 
 def _pool(
@@ -218,13 +222,121 @@ def _pool(
     options["strides"] = _spread(stride, rank) if stride not in ((), []) else size
     names = ("dilation", "ceil") if operator == "MaxPool" else ("ceil", "count", "divisor")
     given = dict(zip(names, rest, strict=False))
-    if given.get("ceil") or given.get("divisor") is not None:
+    if given.get("divisor") is not None or (given.get("ceil") and not _fits(draft, node, x, options, given, rank)):
         raise NoForm("pooling that rounds up")
     if operator == "MaxPool":
         options["dilations"] = _spread(given.get("dilation", 1), rank)
     else:
         options["count_include_pad"] = int(given.get("count", True))
     return draft.add(operator, [draft.read(x)], **options)
+
+
+def _fits(draft: Draft, node: Node, x: Any, options: dict[str, Any], given: dict[str, Any], rank: int) -> bool:
+    """Say if windows come out even, so that rounding up their number is rounding down."""
+    after = draft.kind(node).sizes[2:]
+    steps = _spread(given.get("dilation", 1), rank)
+    for place, (size, count) in enumerate(zip(draft.kind(x).sizes[2:], after, strict=True)):
+        kernel, stride, pad = (options[key][place] for key in ("kernel_shape", "strides", "pads"))
+        if size is None or (size + 2 * pad - steps[place] * (kernel - 1) - 1) // stride + 1 != count:
+            return False
+    return True
+
+
+def _scale(draft: Draft, node: Node, x: Any) -> list[float]:
+    """Return how much longer each picture axis gets."""
+    pairs = list(zip(draft.kind(x).sizes[2:], draft.kind(node).sizes[2:], strict=True))
+    if any(not a or not b for a, b in pairs):
+        raise NoForm("a picture of free size")
+    # The new size is the old one times a float32, rounded down, which must not fall short.
+    return [float(np.nextafter(np.float32(b / a), np.inf)) if b % a else b / a for a, b in pairs if a and b]
+
+
+def _resize(draft: Draft, x: Any, factors: Sequence[float], **options: Any) -> str:
+    scales = draft.hold([1.0, 1.0, *factors], np.float32)
+    return draft.add("Resize", [draft.read(x), "", scales], **options)
+
+
+def _enlarge_nearest(draft: Draft, node: Node, x: Any, *rest: Any) -> str:
+    factors = _scale(draft, node, x)
+    if any(f != int(f) for f in factors):
+        raise NoForm("nearest neighbours at no whole factor")
+    return _resize(draft, x, factors, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric")
+
+
+def _enlarge_linear(
+    draft: Draft, node: Node, x: Any, size: Any, align_corners: bool, given: Sequence[float] | None = None
+) -> str:
+    pairs = zip(draft.kind(x).sizes[2:], draft.kind(node).sizes[2:], strict=True)
+    if given is not None and any((a or 0) * f != b for (a, b), f in zip(pairs, given, strict=True)):
+        raise NoForm("interpolation by a factor of its own, whatever the size comes to")
+    mode = "align_corners" if align_corners else "pytorch_half_pixel"
+    return _resize(draft, x, _scale(draft, node, x), mode="linear", coordinate_transformation_mode=mode)
+
+
+def _normalise_groups(
+    draft: Draft, node: Node, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
+) -> str:
+    kind = draft.kind(x)
+    ones, zeros = (draft.hold(np.full(groups, number), to_numpy(kind.dtype)) for number in (1, 0))
+    parts = draft.add("Reshape", [draft.read(x), draft.hold_sizes([0, groups, -1])])
+    y = draft.add("InstanceNormalization", [parts, ones, zeros], epsilon=eps)
+    y = draft.add("Reshape", [y, draft.add("Shape", [draft.read(x)])])
+    column = draft.hold_sizes([-1, *[1] * (len(kind.sizes) - 2)])
+    for operator, value in (("Mul", weight), ("Add", bias)):
+        if value is not None:
+            y = draft.add(operator, [y, draft.add("Reshape", [draft.read(value), column])])
+    return y
+
+
+def _stack(draft: Draft, node: Node, values: Sequence[Any], dim: int = 0) -> str:
+    dtype, axis = draft.kind(node).dtype, dim % len(draft.kind(node).sizes)
+    parts = [draft.add("Unsqueeze", [draft.read(value, dtype), draft.hold_sizes([axis])]) for value in values]
+    return draft.add("Concat", parts, axis=axis)
+
+
+def _roll(draft: Draft, node: Node, x: Any, shifts: Sequence[int], dims: Sequence[int] = ()) -> str:
+    y, sizes = draft.read(x), draft.kind(x).sizes
+    if len(shifts) != len(dims) or not all(isinstance(s, int) for s in shifts) or any(sizes[d] is None for d in dims):
+        raise NoForm("a turn of everything, or by a size")
+    for shift, dim in zip(shifts, dims, strict=True):
+        place = -shift % (sizes[dim] or 1)
+        if place:
+            y = draft.add(
+                "Concat", [_cut(draft, y, dim, place, sizes[dim] or 0), _cut(draft, y, dim, 0, place)], axis=dim
+            )
+    return y
+
+
+def _raise(draft: Draft, node: Node, x: Any, exponent: Any) -> str:
+    dtype = draft.kind(node).dtype
+    return draft.add("Pow", [draft.read(x, dtype), draft.read(exponent, dtype)])
+
+
+def _invert_root(draft: Draft, node: Node, x: Any) -> str:
+    return draft.add("Reciprocal", [draft.add("Sqrt", [draft.read(x)])])
+
+
+def _reduce(operator: str, draft: Draft, node: Node, x: Any, dims: Sequence[int], keepdim: bool = False) -> str:
+    if not dims:
+        raise NoForm("a reduction over everything")
+    return draft.add(operator, [draft.read(x), draft.hold_sizes(list(dims))], keepdims=int(keepdim))
+
+
+def _measure_length(
+    draft: Draft, node: Node, x: Any, order: float = 2, dims: Sequence[int] = (), keepdim: bool = False, *rest: Any
+) -> str:
+    if order not in (1, 2) or rest:
+        raise NoForm(f"a norm of order {order}")
+    return _reduce("ReduceL1" if order == 1 else "ReduceL2", draft, node, x, dims, keepdim)
+
+
+def _choose(draft: Draft, node: Node, condition: Any, left: Any, right: Any) -> str:
+    dtype = draft.kind(node).dtype
+    return draft.add("Where", [draft.read(condition), draft.read(left, dtype), draft.read(right, dtype)])
+
+
+def _fill(draft: Draft, node: Node, x: Any, mask: Any, value: Any) -> str:
+    return _choose(draft, node, mask, value, x)
 
 
 def _reshape(draft: Draft, node: Node, x: Any, *rest: Any) -> str:
@@ -323,7 +435,9 @@ def _normalise_batch(
 ) -> str:  # fmt: skip
     if training or mean is None or variance is None:
         raise NoForm("BatchNorm by the statistics of its batch")
-    like = draft.constants[draft.read(mean)]
+    like = draft.constants.get(draft.read(mean))
+    if like is None:
+        raise NoForm("BatchNorm by computed statistics")
     scale, shift = (
         draft.hold(np.full_like(like, number), like.dtype) if value is None else draft.read(value)
         for value, number in ((weight, 1), (bias, 0))
@@ -334,13 +448,19 @@ def _normalise_batch(
 
 
 def _pad(draft: Draft, node: Node, x: Any, pads: Sequence[int], mode: str = "constant", value: Any = None) -> str:
-    if mode != "constant" or not all(isinstance(width, int) and width >= 0 for width in pads):
+    if mode != "constant" or not all(isinstance(width, int) for width in pads):
         raise NoForm("padding with more than a constant")
     rank, dtype = len(draft.kind(x).sizes), draft.kind(x).dtype
+    source = draft.read(x)
+    for place in range(len(pads) // 2):
+        front, back = (max(0, -width) for width in pads[2 * place : 2 * place + 2])
+        if front or back:
+            source = _cut(draft, source, rank - 1 - place, front, -back if back else np.iinfo(np.int64).max)
+    pads = [max(0, width) for width in pads]
     before, after = [0] * rank, [0] * rank
     for place in range(len(pads) // 2):
         before[rank - 1 - place], after[rank - 1 - place] = pads[2 * place], pads[2 * place + 1]
-    return draft.add("Pad", [draft.read(x), draft.hold_sizes([*before, *after]), draft.read(value or 0.0, dtype)])
+    return draft.add("Pad", [source, draft.hold_sizes([*before, *after]), draft.read(value or 0.0, dtype)])
 
 
 FORMS: dict[str, Form] = {
@@ -352,7 +472,11 @@ FORMS: dict[str, Form] = {
     "aten.conv1d.padding": _convolve,
     "aten.conv2d.default": _convolve,
     "aten.conv2d.padding": _convolve,
+    "aten.conv3d.default": _convolve,
+    "aten.conv3d.padding": _convolve,
+    "aten.conv_transpose1d.default": _transpose_convolve,
     "aten.conv_transpose2d.input": _transpose_convolve,
+    "aten.conv_transpose3d.input": _transpose_convolve,
     "aten.linear.default": _multiply_weight,
     "aten.matmul.default": partial(_combine, "MatMul"),
     "aten.bmm.default": partial(_combine, "MatMul"),
@@ -364,10 +488,15 @@ FORMS: dict[str, Form] = {
     "aten.sqrt.default": partial(_apply, "Sqrt"),
     "aten.abs.default": partial(_apply, "Abs"),
     "aten.neg.default": partial(_apply, "Neg"),
+    "aten.sin.default": partial(_apply, "Sin"),
+    "aten.cos.default": partial(_apply, "Cos"),
+    "aten.rsqrt.default": _invert_root,
+    "aten.pow.Tensor_Scalar": _raise,
     "aten.hardswish.default": partial(_apply, "HardSwish"),
     "aten.relu6.default": partial(_clip, low=0.0, high=6.0),
     "aten.hardtanh.default": _clip_hard,
     "aten.clamp.default": _clip,
+    "aten.clamp_min.default": _clip,
     "aten.leaky_relu.default": _leak,
     "aten.silu.default": _swish,
     "aten.hardsigmoid.default": _sigmoid_hard,
@@ -375,6 +504,7 @@ FORMS: dict[str, Form] = {
     "aten.softmax.int": _softmax,
     "aten.layer_norm.default": _normalise_layer,
     "aten.batch_norm.default": _normalise_batch,
+    "aten.group_norm.default": _normalise_groups,
     "aten.add.Tensor": partial(_combine, "Add"),
     "aten.sub.Tensor": partial(_combine, "Sub"),
     "aten.mul.Tensor": partial(_combine, "Mul"),
@@ -382,15 +512,30 @@ FORMS: dict[str, Form] = {
     "aten.rsub.Scalar": _subtract_from,
     "aten.mean.dim": _average,
     "aten.sum.dim_IntList": _sum,
+    "aten.amax.default": partial(_reduce, "ReduceMax"),
+    "aten.linalg_vector_norm.default": _measure_length,
+    "aten.upsample_nearest2d.vec": _enlarge_nearest,
+    "aten.upsample_bilinear2d.vec": _enlarge_linear,
+    "aten.adaptive_avg_pool1d.default": _average_adaptive,
     "aten.adaptive_avg_pool2d.default": _average_adaptive,
+    "aten.adaptive_avg_pool3d.default": _average_adaptive,
     "aten.max_pool2d.default": partial(_pool, "MaxPool"),
+    "aten.max_pool3d.default": partial(_pool, "MaxPool"),
     "aten.avg_pool2d.default": partial(_pool, "AveragePool"),
     "aten.flatten.using_ints": _reshape,
     "aten.view.default": _reshape,
     "aten.reshape.default": _reshape,
+    "aten._unsafe_view.default": _reshape,
+    "aten.unflatten.int": _reshape,
+    "aten.reshape_as.default": _reshape,
+    "aten.squeeze.dim": _reshape,
     "aten.permute.default": _permute,
     "aten.transpose.int": _swap,
     "aten.cat.default": _join,
+    "aten.stack.default": _stack,
+    "aten.roll.default": _roll,
+    "aten.where.self": _choose,
+    "aten.masked_fill.Scalar": _fill,
     "aten.unsqueeze.default": _insert_axis,
     "aten.select.int": _take,
     "aten.slice.Tensor": _slice,
@@ -400,8 +545,15 @@ FORMS: dict[str, Form] = {
     "aten.unbind.int": _unbind,
     "<built-in function getitem>": _get_item,
     "aten.expand.default": _expand,
+    "aten.expand_as.default": _expand,
     "aten.embedding.default": _look_up,
     "aten.to.dtype": _cast,
+    "aten.to.device": _cast,
+    "aten.to.dtype_layout": _cast,
+    "aten.type_as.default": _cast,
+    "aten._to_copy.default": _cast,
+    "aten.contiguous.default": _pass_on,
+    "aten.alias.default": _pass_on,
     "aten.dropout.default": _pass_on,
     "aten.detach.default": _pass_on,
     "aten.clone.default": _pass_on,
