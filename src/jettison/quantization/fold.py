@@ -22,6 +22,8 @@ NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "at
 """Numbers that change nothing: `sum` of Python starts with a zero."""
 COPIES = ("aten.clone.default", "aten.contiguous.default", "aten.to.dtype", "aten._to_copy.default")
 """What gives the same numbers in memory of its own, where it keeps their type."""
+SLICES = ("aten.slice.Tensor", "aten.narrow.default")
+"""What gives all of its input where the sizes say so: GhostNet cuts to a width that it has."""
 ASSERTION = "aten._assert_tensor_metadata.default"
 """The tracer's guard of a cast: a reader that would hold its tensor in float."""
 
@@ -49,6 +51,8 @@ def is_identity(node: Node) -> bool:
     if name in NEUTRAL:
         other = node.args[1]
         return isinstance(other, (int, float)) and other == NEUTRAL[name]
+    if name in SLICES:
+        return [hint(s) for s in before.shape] == [hint(s) for s in after.shape]
     return name in COPIES
 
 

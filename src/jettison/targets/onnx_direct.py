@@ -1,8 +1,8 @@
-"""A converted graph written as ONNX operator by operator, without tracing it a second time.
+"""A flat graph written as ONNX operator by operator, without tracing it a second time.
 
-`torch.onnx.export` traces, decomposes and rewrites, which takes longer than calibrating a small network. The graphs
-that `quantize` makes are flat already, so each of their operators is looked up in FORMS. A graph with an operator that
-is not there is left to `torch.onnx.export`.
+`torch.onnx.export` traces, decomposes and rewrites, which takes longer than calibrating a small network, and minutes
+for one of many operators. Our graphs are flat already, so each of their operators is looked up in FORMS. A graph with
+an operator that is not there is left to `torch.onnx.export`.
 """
 
 from __future__ import annotations

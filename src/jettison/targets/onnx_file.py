@@ -22,7 +22,6 @@ from jettison.targets.onnx_direct import write
 from jettison.targets.onnx_floats import keep_floats
 from jettison.targets.onnx_kinds import (
     GROUPS_OPSET,
-    has_integers,
     make_translations,
     narrow_constants,
     pack_constants,
@@ -56,11 +55,9 @@ def export(
     """
     import onnx
 
-    proto = None
-    if has_integers(module):
-        proto = write(
-            module, inputs, input_names=input_names, output_names=output_names, dynamic=dynamic_batch, opset=OPSET
-        )
+    proto = write(
+        module, inputs, input_names=input_names, output_names=output_names, dynamic=dynamic_batch, opset=OPSET
+    )
     if proto is None:
         proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
     pack_constants(proto, read_bits(module))

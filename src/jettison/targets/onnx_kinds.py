@@ -37,13 +37,6 @@ def read_bits(module: GraphModule) -> dict[str, int]:
     return found
 
 
-def has_integers(module: GraphModule) -> bool:
-    """Say if a graph computes on integers, by ranges or by dynamic quantization."""
-    from jettison.targets.converted import is_converted  # it imports torch
-
-    return is_converted(module) or any(node.target is dynamic_operator() for node in module.graph.nodes)
-
-
 def _translate_groups() -> Callable[..., Any]:
     """Weights in groups, still in eight bits: the exporter has no four-bit constants, see `pack_constants`."""
     import onnxscript
