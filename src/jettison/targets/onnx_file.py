@@ -28,6 +28,7 @@ from jettison.targets.onnx_kinds import (
     read_bits,
     read_half,
 )
+from jettison.targets.onnx_norms import fold_norms
 from jettison.targets.onnx_padding import fold_padding
 
 if TYPE_CHECKING:
@@ -60,8 +61,11 @@ def export(
     )
     if proto is None:
         proto = _convert(module, inputs, input_names, output_names, dynamic_batch)
+        if _is_broken(proto):  # onnxscript's optimiser loses the ends of some clamps
+            proto = _convert(module, inputs, input_names, output_names, dynamic_batch, optimize=False)
     pack_constants(proto, read_bits(module))
     narrow_constants(proto, read_half(module))
+    fold_norms(proto)
     _pool_globally(proto)
     fold_padding(proto)
     keep_floats(proto)
@@ -86,6 +90,8 @@ def _convert(
     input_names: Sequence[str],
     output_names: Sequence[str],
     dynamic: bool,
+    *,
+    optimize: bool = True,
 ) -> onnx.ModelProto:
     import torch
 
@@ -110,7 +116,7 @@ def _convert(
                     **onnx_attention.make_translations(),
                 },
                 verbose=False,
-                optimize=True,
+                optimize=optimize,
             )
         except Exception as error:
             raise ExportError(_explain(error, module)) from error
@@ -119,6 +125,16 @@ def _convert(
     if dynamic:
         _name_batch(proto)
     return proto
+
+
+def _is_broken(proto: onnx.ModelProto) -> bool:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError:
+        return True
+    return False
 
 
 def _explain(error: BaseException, module: GraphModule) -> str:
