@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from jettison.core.errors import CheckpointError
 from jettison.core.plan import Plan
 from jettison.core.record import Check, Drop, Score, TimeShare, Variant
 from jettison.cost.macs import count
@@ -49,12 +50,16 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Measurements:
-    """All forms of the network with their figures, and what the compressed one loses against the original."""
+    """All forms of the network with their figures, and what the compressed one loses against the original.
+
+    `refused` are sentences on the files that a runtime they would have been compared in does not load.
+    """
 
     variants: tuple[Variant, ...]
     drop: Drop
     time_before: tuple[TimeShare, ...]
     time_after: tuple[TimeShare, ...]
+    refused: tuple[str, ...] = ()
 
 
 def measure_variants(run: Run, evaluate: Evaluate, widths: Mapping[str, tuple[int, int]]) -> Measurements:
@@ -65,14 +70,15 @@ def measure_variants(run: Run, evaluate: Evaluate, widths: Mapping[str, tuple[in
     paths = {name: run.file(file) for name, file in FILES.items() if name in widths}
     sample = run.sample
     arrays = [x.detach().cpu().numpy() for x in sample]
-    loads = _list_loads(run, paths, arrays)
+    loads, refused = _list_loads(run, paths, arrays)
     timings = _time(run, loads)
     outcomes: dict[str, Outcome] = {}
     for name, path in track(list(paths.items()), "Scoring the deployed files"):
         outcomes[name] = run_evaluate(evaluate, make_predict(run, path), f"{name} file")
     variants = [_describe(run, name, timings[name], widths, outcomes, paths) for name in loads]
     drop = compare(outcomes[ORIGINAL], outcomes[COMPRESSED])
-    return Measurements(tuple(variants), drop, *(_profile(run, paths[name], arrays) for name in (ORIGINAL, COMPRESSED)))
+    before, after = (_profile(run, paths[name], arrays) for name in (ORIGINAL, COMPRESSED))
+    return Measurements(tuple(variants), drop, before, after, refused)
 
 
 def _profile(run: Run, path: Path, arrays: list[np.ndarray]) -> tuple[TimeShare, ...]:
@@ -94,8 +100,12 @@ def _time(run: Run, loads: Mapping[str, Callable[[], Callable[[], object]]]) -> 
 
 def _list_loads(
     run: Run, paths: Mapping[str, Path], arrays: list[np.ndarray]
-) -> dict[str, Callable[[], Callable[[], object]]]:
-    """Return how to load each form: in the target, in eager, and in the other runtimes here that read the same file."""
+) -> tuple[dict[str, Callable[[], Callable[[], object]]], tuple[str, ...]]:
+    """Return how to load each form: in the target, in eager, and in the other runtimes here that read the same file.
+
+    With it come sentences on the files that another runtime refuses.
+    """
+    refused: list[str] = []
 
     def load(runtime: ModuleType, path: Path) -> Callable[[], object]:
         return partial(runtime.load(path, threads=run.threads).run, arrays)
@@ -108,8 +118,14 @@ def _list_loads(
         other = importlib.import_module(f"jettison.targets.{name}")
         if other is run.target or other.SUFFIX != ".onnx" or run.target.SUFFIX != ".onnx" or other.why_missing():
             continue
-        loads |= {f"{form}, {other.LABEL}": partial(load, other, path) for form, path in paths.items()}
-    return loads
+        for form, path in paths.items():
+            try:
+                other.load(path, threads=run.threads)
+            except CheckpointError as error:  # it runs in its target, and is measured here for comparison only
+                refused.append(f"{form} is not compared in {other.LABEL}: {error}")
+            else:
+                loads[f"{form}, {other.LABEL}"] = partial(load, other, path)
+    return loads, tuple(refused)
 
 
 def _eager_run(run: Run, sample: Batch) -> Callable[[], object]:

@@ -224,6 +224,7 @@ def _list_notes(run: Run, measured: Measurements, plan: Plan) -> tuple[str, ...]
             f"{run.target.LABEL} does not time single layers: the plan is made with times of ONNX Runtime, and "
             f"corrected by whole networks measured in {run.target.LABEL}."
         )
+    notes += measured.refused
     alone = [v for v in measured.variants if v.name == COMPRESSED]
     if alone and alone[0].speedup.high < 1:
         notes.append("The compressed file is slower than the original here. Do not deploy it for speed.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,24 @@ def measure_growth(start: str, path: Path, *, threads: int) -> int:
     runtime's arena, its kernels' code when first used, and what the loader needed for a moment.
     Raises CheckpointError where the file does not run.
     """
-    command = [sys.executable, "-c", _BEFORE + start + _AFTER, str(path), str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run_apart(start, path, threads)
     if done.returncode != 0:
         raise CheckpointError(
             f"The memory of {path.name} could not be measured: {done.stderr.strip().splitlines()[-1:]}. "
             "A fresh Python process failed to run the file. Load it by hand to see the runtime's own message."
         )
     return int(done.stdout.strip().splitlines()[-1])
+
+
+def find_death(start: str, path: Path, *, threads: int) -> str | None:
+    """Return the name of the signal that kills a fresh process which loads and runs a file; None where none does.
+
+    `start` is as in `measure_growth`. An error that the runtime raises is no death.
+    """
+    code = _run_apart(start, path, threads).returncode
+    return signal.Signals(-code).name if code < 0 else None
+
+
+def _run_apart(start: str, path: Path, threads: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _BEFORE + start + _AFTER, str(path), str(threads)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,50 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jettison.targets.onnx_direct import Draft, Kind, NoForm, to_numpy
+from jettison.targets.onnx_pictures import (
+    average_adaptive,
+    convolve,
+    cut,
+    enlarge_linear,
+    enlarge_nearest,
+    pad,
+    pad_constant,
+    pool,
+    transpose_convolve,
+)
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
 Form = Callable[..., Any]
-
-
-def _spread(value: Any, rank: int) -> list[int]:
-    """Return a size for each picture axis."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not all(isinstance(v, int) for v in values):
-        raise NoForm(f"the sizes {value!r}")
-    return values * rank if len(values) == 1 else values
-
-
-def _convolve(
-    draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None,
-    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
-) -> str:  # fmt: skip
-    kernel = [size for size in draft.kind(weight).sizes[2:] if size is not None]
-    steps = _spread(dilation, len(kernel))
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
-        pads = [t // 2 for t in totals] + [t - t // 2 for t in totals]
-    else:
-        pads = _spread(0 if padding == "valid" else padding, len(kernel)) * 2
-    inputs = [draft.read(x), draft.read(weight), *([] if bias is None else [draft.read(bias)])]
-    return draft.add(
-        "Conv", inputs, kernel_shape=kernel, strides=_spread(stride, len(kernel)), pads=pads, dilations=steps,
-        group=groups,
-    )  # fmt: skip
-
-
-def _transpose_convolve(
-    draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None,
-    stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
-) -> str:  # fmt: skip
-    kernel = [size for size in draft.kind(weight).sizes[2:] if size is not None]
-    rank = len(kernel)
-    inputs = [draft.read(x), draft.read(weight), *([] if bias is None else [draft.read(bias)])]
-    return draft.add(
-        "ConvTranspose", inputs, kernel_shape=kernel, strides=_spread(stride, rank), pads=_spread(padding, rank) * 2,
-        dilations=_spread(dilation, rank), group=groups, output_padding=_spread(output_padding, rank),
-    )  # fmt: skip
 
 
 def _multiply_weight(draft: Draft, node: Node, x: Any, weight: Any, bias: Any = None) -> str:
@@ -203,76 +175,6 @@ def _sum(draft: Draft, node: Node, x: Any, dims: Sequence[int] | None = None, ke
     return draft.add("ReduceSum", [source, draft.hold_sizes(list(dims))], keepdims=int(keepdim))
 
 
-def _average_adaptive(draft: Draft, node: Node, x: Any, size: Sequence[int]) -> str:
-    before, after = draft.kind(x).sizes[2:], draft.kind(node).sizes[2:]
-    if set(after) == {1}:
-        return draft.add("GlobalAveragePool", [draft.read(x)])
-    kernel = [a // b if a and b and a % b == 0 else 0 for a, b in zip(before, after, strict=True)]
-    if 0 in kernel:
-        raise NoForm("adaptive pooling to places of unequal size")
-    return draft.add("AveragePool", [draft.read(x)], kernel_shape=kernel, strides=kernel)
-
-
-def _pool(
-    operator: str, draft: Draft, node: Node, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any
-) -> str:
-    rank = len(draft.kind(x).sizes) - 2
-    size = _spread(kernel, rank)
-    options: dict[str, Any] = {"kernel_shape": size, "pads": _spread(padding, rank) * 2}
-    options["strides"] = _spread(stride, rank) if stride not in ((), []) else size
-    names = ("dilation", "ceil") if operator == "MaxPool" else ("ceil", "count", "divisor")
-    given = dict(zip(names, rest, strict=False))
-    if given.get("divisor") is not None or (given.get("ceil") and not _fits(draft, node, x, options, given, rank)):
-        raise NoForm("pooling that rounds up")
-    if operator == "MaxPool":
-        options["dilations"] = _spread(given.get("dilation", 1), rank)
-    else:
-        options["count_include_pad"] = int(given.get("count", True))
-    return draft.add(operator, [draft.read(x)], **options)
-
-
-def _fits(draft: Draft, node: Node, x: Any, options: dict[str, Any], given: dict[str, Any], rank: int) -> bool:
-    """Say if windows come out even, so that rounding up their number is rounding down."""
-    after = draft.kind(node).sizes[2:]
-    steps = _spread(given.get("dilation", 1), rank)
-    for place, (size, count) in enumerate(zip(draft.kind(x).sizes[2:], after, strict=True)):
-        kernel, stride, pad = (options[key][place] for key in ("kernel_shape", "strides", "pads"))
-        if size is None or (size + 2 * pad - steps[place] * (kernel - 1) - 1) // stride + 1 != count:
-            return False
-    return True
-
-
-def _scale(draft: Draft, node: Node, x: Any) -> list[float]:
-    """Return how much longer each picture axis gets."""
-    pairs = list(zip(draft.kind(x).sizes[2:], draft.kind(node).sizes[2:], strict=True))
-    if any(not a or not b for a, b in pairs):
-        raise NoForm("a picture of free size")
-    # The new size is the old one times a float32, rounded down, which must not fall short.
-    return [float(np.nextafter(np.float32(b / a), np.inf)) if b % a else b / a for a, b in pairs if a and b]
-
-
-def _resize(draft: Draft, x: Any, factors: Sequence[float], **options: Any) -> str:
-    scales = draft.hold([1.0, 1.0, *factors], np.float32)
-    return draft.add("Resize", [draft.read(x), "", scales], **options)
-
-
-def _enlarge_nearest(draft: Draft, node: Node, x: Any, *rest: Any) -> str:
-    factors = _scale(draft, node, x)
-    if any(f != int(f) for f in factors):
-        raise NoForm("nearest neighbours at no whole factor")
-    return _resize(draft, x, factors, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric")
-
-
-def _enlarge_linear(
-    draft: Draft, node: Node, x: Any, size: Any, align_corners: bool, given: Sequence[float] | None = None
-) -> str:
-    pairs = zip(draft.kind(x).sizes[2:], draft.kind(node).sizes[2:], strict=True)
-    if given is not None and any((a or 0) * f != b for (a, b), f in zip(pairs, given, strict=True)):
-        raise NoForm("interpolation by a factor of its own, whatever the size comes to")
-    mode = "align_corners" if align_corners else "pytorch_half_pixel"
-    return _resize(draft, x, _scale(draft, node, x), mode="linear", coordinate_transformation_mode=mode)
-
-
 def _normalise_groups(
     draft: Draft, node: Node, x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *rest: Any
 ) -> str:
@@ -302,7 +204,7 @@ def _roll(draft: Draft, node: Node, x: Any, shifts: Sequence[int], dims: Sequenc
         place = -shift % (sizes[dim] or 1)
         if place:
             y = draft.add(
-                "Concat", [_cut(draft, y, dim, place, sizes[dim] or 0), _cut(draft, y, dim, 0, place)], axis=dim
+                "Concat", [cut(draft, y, dim, place, sizes[dim] or 0), cut(draft, y, dim, 0, place)], axis=dim
             )
     return y
 
@@ -376,11 +278,7 @@ def _slice(draft: Draft, node: Node, x: Any, dim: int = 0, start: Any = None, en
     limits = [0 if start is None else start, np.iinfo(np.int64).max if end is None else end, step]
     if not all(isinstance(limit, (int, np.integer)) for limit in limits):
         raise NoForm("a slice that depends on a size")
-    return _cut(draft, draft.read(x), dim, *limits)
-
-
-def _cut(draft: Draft, source: str, dim: int, start: int, end: int, step: int = 1) -> str:
-    return draft.add("Slice", [source, *(draft.hold_sizes([value]) for value in (start, end, dim, step))])
+    return cut(draft, draft.read(x), dim, *limits)
 
 
 def _split(draft: Draft, node: Node, x: Any, sizes: Any, dim: int = 0) -> list[str]:
@@ -394,7 +292,7 @@ def _split(draft: Draft, node: Node, x: Any, sizes: Any, dim: int = 0) -> list[s
 def _unbind(draft: Draft, node: Node, x: Any, dim: int = 0) -> list[str]:
     if draft.kind(x).sizes[dim] is None:
         raise NoForm("the batch taken apart")
-    parts = [_cut(draft, draft.read(x), dim, place, place + 1) for place in range(len(draft.kinds[node]))]
+    parts = [cut(draft, draft.read(x), dim, place, place + 1) for place in range(len(draft.kinds[node]))]
     return [draft.add("Squeeze", [part, draft.hold_sizes([dim])]) for part in parts]
 
 
@@ -425,10 +323,6 @@ def _cast(draft: Draft, node: Node, x: Any, *rest: Any, **options: Any) -> str:
     return draft.read(x, draft.kind(node).dtype)
 
 
-def _pad_constant(draft: Draft, node: Node, x: Any, pads: Sequence[int], value: Any = 0) -> str:
-    return _pad(draft, node, x, pads, "constant", value)
-
-
 def _normalise_batch(
     draft: Draft, node: Node, x: Any, weight: Any, bias: Any, mean: Any, variance: Any, training: bool,
     momentum: float, eps: float, *rest: Any,
@@ -447,36 +341,20 @@ def _normalise_batch(
     )
 
 
-def _pad(draft: Draft, node: Node, x: Any, pads: Sequence[int], mode: str = "constant", value: Any = None) -> str:
-    if mode != "constant" or not all(isinstance(width, int) for width in pads):
-        raise NoForm("padding with more than a constant")
-    rank, dtype = len(draft.kind(x).sizes), draft.kind(x).dtype
-    source = draft.read(x)
-    for place in range(len(pads) // 2):
-        front, back = (max(0, -width) for width in pads[2 * place : 2 * place + 2])
-        if front or back:
-            source = _cut(draft, source, rank - 1 - place, front, -back if back else np.iinfo(np.int64).max)
-    pads = [max(0, width) for width in pads]
-    before, after = [0] * rank, [0] * rank
-    for place in range(len(pads) // 2):
-        before[rank - 1 - place], after[rank - 1 - place] = pads[2 * place], pads[2 * place + 1]
-    return draft.add("Pad", [source, draft.hold_sizes([*before, *after]), draft.read(value or 0.0, dtype)])
-
-
 FORMS: dict[str, Form] = {
     "jettison.quantize_per_tensor.default": _quantize,
     "jettison.linear_dynamic.default": _multiply_dynamic,
     "quantized_decomposed.dequantize_per_tensor.default": _dequantize,
     "quantized_decomposed.dequantize_per_channel.default": _dequantize_channels,
-    "aten.conv1d.default": _convolve,
-    "aten.conv1d.padding": _convolve,
-    "aten.conv2d.default": _convolve,
-    "aten.conv2d.padding": _convolve,
-    "aten.conv3d.default": _convolve,
-    "aten.conv3d.padding": _convolve,
-    "aten.conv_transpose1d.default": _transpose_convolve,
-    "aten.conv_transpose2d.input": _transpose_convolve,
-    "aten.conv_transpose3d.input": _transpose_convolve,
+    "aten.conv1d.default": convolve,
+    "aten.conv1d.padding": convolve,
+    "aten.conv2d.default": convolve,
+    "aten.conv2d.padding": convolve,
+    "aten.conv3d.default": convolve,
+    "aten.conv3d.padding": convolve,
+    "aten.conv_transpose1d.default": transpose_convolve,
+    "aten.conv_transpose2d.input": transpose_convolve,
+    "aten.conv_transpose3d.input": transpose_convolve,
     "aten.linear.default": _multiply_weight,
     "aten.matmul.default": partial(_combine, "MatMul"),
     "aten.bmm.default": partial(_combine, "MatMul"),
@@ -514,14 +392,14 @@ FORMS: dict[str, Form] = {
     "aten.sum.dim_IntList": _sum,
     "aten.amax.default": partial(_reduce, "ReduceMax"),
     "aten.linalg_vector_norm.default": _measure_length,
-    "aten.upsample_nearest2d.vec": _enlarge_nearest,
-    "aten.upsample_bilinear2d.vec": _enlarge_linear,
-    "aten.adaptive_avg_pool1d.default": _average_adaptive,
-    "aten.adaptive_avg_pool2d.default": _average_adaptive,
-    "aten.adaptive_avg_pool3d.default": _average_adaptive,
-    "aten.max_pool2d.default": partial(_pool, "MaxPool"),
-    "aten.max_pool3d.default": partial(_pool, "MaxPool"),
-    "aten.avg_pool2d.default": partial(_pool, "AveragePool"),
+    "aten.upsample_nearest2d.vec": enlarge_nearest,
+    "aten.upsample_bilinear2d.vec": enlarge_linear,
+    "aten.adaptive_avg_pool1d.default": average_adaptive,
+    "aten.adaptive_avg_pool2d.default": average_adaptive,
+    "aten.adaptive_avg_pool3d.default": average_adaptive,
+    "aten.max_pool2d.default": partial(pool, "MaxPool"),
+    "aten.max_pool3d.default": partial(pool, "MaxPool"),
+    "aten.avg_pool2d.default": partial(pool, "AveragePool"),
     "aten.flatten.using_ints": _reshape,
     "aten.view.default": _reshape,
     "aten.reshape.default": _reshape,
@@ -557,6 +435,6 @@ FORMS: dict[str, Form] = {
     "aten.dropout.default": _pass_on,
     "aten.detach.default": _pass_on,
     "aten.clone.default": _pass_on,
-    "aten.constant_pad_nd.default": _pad_constant,
-    "aten.pad.default": _pad,
+    "aten.constant_pad_nd.default": pad_constant,
+    "aten.pad.default": pad,
 }

@@ -6,6 +6,7 @@ less exact than it is; here the precision is always said. Importable without ope
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import statistics
@@ -24,7 +25,7 @@ from jettison.targets import onnxruntime as ort
 from jettison.targets.audit import Operator, check_precision, name_product, rank_times, tell_integers
 from jettison.targets.feeding import predict as predict
 from jettison.targets.integer import LAYERS, IntegerScheme
-from jettison.targets.memory import measure_growth
+from jettison.targets.memory import find_death, measure_growth
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,11 +127,15 @@ class Session:
 def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
     """Load an ONNX or IR file for latency with a fixed number of threads, in the precision that is said.
 
-    Raises TargetMissing where openvino is not installed or the processor has no such precision, CheckpointError where
-    the file is not a network, UnknownName for a precision this target has not.
+    An int8 network with a concatenation is tried in a process of its own before its first loading, since OpenVINO is
+    known to kill the one that compiles some of them. Raises TargetMissing where openvino is not installed or the
+    processor has no such precision, CheckpointError where the file is not a network or deadly, UnknownName for a
+    precision this target has not.
     """
     check_precision(precision, PRECISIONS)
     model = _read(path)
+    if {"Concat", "FakeQuantize"} <= {operator.get_type_name() for operator in model.get_ops()}:
+        _refuse_deadly(path.resolve(), path.stat().st_mtime_ns, threads)
     if precision == "bf16" and "BF16" not in _import_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise TargetMissing(
             "This processor has no bfloat16 arithmetic, which OpenVINO's bf16 needs. It needs avx512_bf16, AMX or "
@@ -145,6 +150,16 @@ def load(path: Path, *, threads: int, precision: str = "fp32") -> Session:
         shapes,
         tuple(o.get_any_name() for o in model.outputs),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _refuse_deadly(path: Path, changed_ns: int, threads: int) -> None:
+    death = find_death(_START, path, threads=threads)
+    if death is not None:
+        raise CheckpointError(
+            f"OpenVINO {_import_runtime().__version__} kills the process that loads {path}: {death}. A fresh process "
+            "was tried, so this one goes on. It is a fault of OpenVINO's; run the file elsewhere, as in ONNX Runtime."
+        )
 
 
 def describe_settings(*, threads: int, precision: str) -> dict[str, Any]:
