@@ -37,6 +37,7 @@ from jettison.quantization.fold import (
     set_buffer,
     unshare,
 )
+from jettison.quantization.padding import merge_padding
 from jettison.quantization.products import write_linear
 from jettison.quantization.ranges import Ranger, choose_weight_scale
 from jettison.targets.integer import IntegerScheme, Levels, fake_quantize, quantize_operator
@@ -175,6 +176,7 @@ def fold(module: GraphModule, weighted: frozenset[str]) -> GraphModule:
         write_linear(folded)
     unshare(folded, weighted | FOLDABLE)
     fold_batch_norm(folded)
+    merge_padding(folded)
     keep_picture_axes(folded)
     merge_clamps(folded)
     hoist_clamps(folded)
