@@ -154,6 +154,9 @@ def _write(
 
     from jettison.targets.onnx_forms import FORMS
 
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and not _is_tensor(attrgetter(str(node.target))(module)):
+            raise NoForm(f"{node.target}, a graph inside the graph")
     draft = Draft(module, find_kinds(module, inputs, dynamic), batch_source=input_names[0])
     fixed = fold_constants(module, draft.kinds)
     entries = iter(input_names)
@@ -228,6 +231,12 @@ def fold_constants(module: GraphModule, kinds: Mapping[Node, Any]) -> dict[Node,
             is_read = any(user not in values for user in node.users)
             found[node] = value.detach().cpu().contiguous().numpy() if is_read else None
     return found
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
 
 
 def _count(value: Any) -> int:
