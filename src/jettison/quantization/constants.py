@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from jettison.quantization.fold import FOLDABLE, list_tensors, name_operator, read_attribute, read_from, set_buffer
+from jettison.graph.subgraphs import list_tensors_used
+from jettison.quantization.fold import FOLDABLE, name_operator, number_name, read_attribute, read_from, set_buffer
 
 READERS = FOLDABLE | {"aten.linear.default"}
 """Operators with a weight and a bias."""
@@ -24,12 +25,12 @@ def fold_constants(module: GraphModule) -> None:
     Standardised weights, parametrisations, biases put together from parts, layers applied to a position table: what is
     deployed is their value.
     """
-    held = set(list_tensors(module))
+    held = set(list_tensors_used(module))
     done: dict[Node, str] = {}
     for node in [n for n in module.graph.nodes if name_operator(n) in READERS]:
         if _list_parts(module, node) is not None:
             name = f"{node.name}.constant"
-            set_buffer(module, name, _evaluate(module, node, {}).detach().clone())
+            set_buffer(module, name, _compute(module, node))
             held.add(name)
             node.replace_all_uses_with(read_from(module, node, name, node))
             continue
@@ -43,8 +44,7 @@ def fold_constants(module: GraphModule) -> None:
                 layer = str(weight.target).rpartition(".")[0] if index == 2 and isinstance(weight, Node) else None
                 stem = _find_stem(parts) if layer is None else layer
                 name = _choose_name(module, stem, last, parts, held)
-                value = _evaluate(module, source, {}).detach().clone().contiguous()
-                set_buffer(module, name, value)
+                set_buffer(module, name, _compute(module, source).contiguous())
                 held.add(name)
                 done[source] = name
             if source in done:
@@ -76,10 +76,11 @@ def _choose_name(module: GraphModule, stem: str, last: str, parts: Mapping[Node,
     readers = [n for n in module.graph.nodes if n.op == "get_attr" and n.target == name]
     if name not in held or all(n in parts and all(u in parts for u in n.users) for n in readers):
         return name
-    while name in held:
+    free = name
+    while free in held:
         count += 1
-        name = f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
-    return name
+        free = number_name(name, count)
+    return free
 
 
 def _find_stem(parts: Mapping[Node, str]) -> str:
@@ -90,13 +91,19 @@ def _find_stem(parts: Mapping[Node, str]) -> str:
     return ".".join(part[0] for part in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))
 
 
-def _evaluate(module: GraphModule, value: Node, known: dict[Node, Any]) -> Any:
+def _compute(module: GraphModule, value: Node) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = evaluate(module, value, {})
+        return found.detach().clone()
+
+
+def evaluate(module: GraphModule, value: Node, known: dict[Node, Any]) -> Any:
+    """Return the value of a node that hangs on parameters alone, as they are now; `known` holds what has been found."""
     if value not in known:
         if value.op == "get_attr":
             known[value] = read_attribute(module, str(value.target))
         else:
             assert callable(value.target)
-            args, kwargs = map_arg((value.args, value.kwargs), lambda n: _evaluate(module, n, known))
-            with torch.no_grad():
-                known[value] = value.target(*args, **kwargs)
+            args, kwargs = map_arg((value.args, value.kwargs), lambda n: evaluate(module, n, known))
+            known[value] = value.target(*args, **kwargs)
     return known[value]

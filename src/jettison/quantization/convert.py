@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from jettison.core.errors import CalibrationError, NonFiniteError, TraceError
-from jettison.graph.subgraphs import count_branch_levels, list_regions
+from jettison.graph.subgraphs import count_branch_levels, list_regions, list_tensors_used
 from jettison.graph.trace import source_line
 from jettison.progress import track
 from jettison.quantization.bits import read_levels
@@ -31,7 +31,6 @@ from jettison.quantization.fold import (
     find_layers,
     fold_batch_norm,
     keep_picture_axes,
-    list_tensors,
     name_operator,
     read_attribute,
     set_buffer,
@@ -127,8 +126,8 @@ def _normalise(*args: Any) -> Any:
 
 def _own_tensors(converted: GraphModule, folded: GraphModule) -> None:
     """Give the graph copies of what it has in common with the folded one: who trains one must not change the other."""
-    held = {read_attribute(folded, name).data_ptr() for name in list_tensors(folded)}
-    for name in list_tensors(converted):
+    held = {read_attribute(folded, name).data_ptr() for name in list_tensors_used(folded)}
+    for name in list_tensors_used(converted):
         value = read_attribute(converted, name)
         if value.data_ptr() in held:
             set_buffer(converted, name, value.detach().clone())

@@ -15,7 +15,7 @@ from jettison.graph.trace import hint
 CONVOLUTIONS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding")
 TRANSPOSED = ("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 FOLDABLE = frozenset({*CONVOLUTIONS, *TRANSPOSED, "aten.conv1d.padding", "aten.conv3d.default", "aten.conv3d.padding"})
-"""What a BatchNorm folds into, integer or not: PT2E folds what is left by itself, and stumbles over our buffers."""
+"""What a BatchNorm folds into, integer or not."""
 BATCH_NORM = "aten.batch_norm.default"
 IDENTITIES = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alias.default")
 NEUTRAL = {"aten.add.Tensor": 0, "aten.sub.Tensor": 0, "aten.mul.Tensor": 1, "aten.div.Tensor": 1}
@@ -46,20 +46,14 @@ def is_identity(node: Node) -> bool:
         return False
     if before.dtype != after.dtype or before.device != after.device:
         return False
-    if [hint(s) for s in before.stride()] != [hint(s) for s in after.stride()]:
+    if tuple(map(hint, before.stride())) != tuple(map(hint, after.stride())):
         return False  # another order in memory is what a view may need
     if name in NEUTRAL:
         other = node.args[1]
         return isinstance(other, (int, float)) and other == NEUTRAL[name]
     if name in SLICES:
-        return [hint(s) for s in before.shape] == [hint(s) for s in after.shape]
+        return tuple(map(hint, before.shape)) == tuple(map(hint, after.shape))
     return name in COPIES
-
-
-def list_tensors(module: GraphModule) -> list[str]:
-    """Return the names of the tensors that a graph reads, without the graphs of branches."""
-    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    return [name for name in names if isinstance(attrgetter(name)(module), Tensor)]
 
 
 def read_attribute(module: nn.Module, name: str) -> Tensor:
@@ -110,6 +104,12 @@ def name_layer(weight: str, taken: dict[str, Node]) -> str:
     return unique
 
 
+def number_name(name: str, count: int) -> str:
+    """Return "conv@2.weight" for the second of "conv.weight"."""
+    stem, _, last = name.rpartition(".")
+    return f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
+
+
 def read_from(module: GraphModule, before: Node, name: str, like: Node | None) -> Node:
     """Return a new node that reads the tensor of that name, placed before another, with what is known of `like`."""
     with module.graph.inserting_before(before):
@@ -133,8 +133,7 @@ def unshare(module: GraphModule, weighted: frozenset[str] | set[str]) -> None:
             name, count = str(source.target), 1
             while name in taken:
                 count += 1
-                stem, _, last = str(source.target).rpartition(".")
-                name = f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
+                name = number_name(str(source.target), count)
             if name != source.target:
                 set_buffer(module, name, read_attribute(module, str(source.target)).detach().clone())
                 node.update_arg(index, read_from(module, node, name, source))

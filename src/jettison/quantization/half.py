@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from jettison.core.errors import InputError, NonFiniteError, UnknownName
+from jettison.graph.subgraphs import list_tensors_used
 from jettison.quantization.constants import fold_constants
 from jettison.quantization.convert import Quantized, Site
-from jettison.quantization.fold import copy_graph, find_layers, list_tensors, read_attribute, set_buffer
+from jettison.quantization.fold import copy_graph, find_layers, read_attribute, set_buffer
 from jettison.quantization.switches import WEIGHTED
 from jettison.quantization.weight_only import finish
 
@@ -43,7 +44,7 @@ def find_overflows(
     """
     most = torch.finfo(_find_dtype(dtype)).max
     found: dict[str, float] = {}
-    for name in list_tensors(module):
+    for name in list_tensors_used(module):
         _note(found, name, read_attribute(module, name), most)
     layers = {node: f"{name} output" for name, node in find_layers(module, WEIGHTED).items()}
     with torch.no_grad():
@@ -68,11 +69,12 @@ def store_half(module: GraphModule, *, dtype: str, exclude: Collection[str] = ()
             raise UnknownName("layer with weights", name, layers)
     kept = {f"{name}.weight" for name in exclude}
     done: set[str] = set()
+    tensors = set(list_tensors_used(copied))
     for node in list(copied.graph.nodes):
-        if node.op != "get_attr" or str(node.target) in kept:
+        if node.op != "get_attr" or str(node.target) in kept or str(node.target) not in tensors:
             continue
-        value: object = read_attribute(copied, str(node.target))  # or a branch's graph
-        if not isinstance(value, Tensor) or value.dim() < 2 or value.dtype not in (torch.float32, kind):
+        value = read_attribute(copied, str(node.target))
+        if value.dim() < 2 or value.dtype not in (torch.float32, kind):
             continue
         if str(node.target) not in done:
             set_buffer(copied, str(node.target), _round(value.detach(), kind, str(node.target)))

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from jettison.quantization.clamps import keeps_values
 from jettison.quantization.fold import name_operator
 
+PADS = ("aten.pad.default", "aten.constant_pad_nd.default")
 RANKS = {"aten.conv1d.default": 1, "aten.conv2d.default": 2, "aten.conv3d.default": 3}
 
 
@@ -31,12 +33,7 @@ def merge_padding(module: GraphModule) -> None:
 
 def _read_widths(node: Node) -> list[int] | None:
     """Return how much a zero padding adds to either end of each picture axis, first axis first; None for any other."""
-    name = name_operator(node)
-    rest = node.args[2:]
-    plain = rest in ((), (0,), (0.0,)) if name == "aten.constant_pad_nd.default" else rest in (
-        (), ("constant",), ("constant", None), ("constant", 0), ("constant", 0.0)
-    )  # fmt: skip
-    if name not in ("aten.pad.default", "aten.constant_pad_nd.default") or not plain or node.kwargs:
+    if name_operator(node) not in PADS or not keeps_values(node) or node.kwargs:
         return None
     pads: Any = node.args[1]
     if not all(isinstance(width, int) and width >= 0 for width in pads) or pads[0::2] != pads[1::2]:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from jettison.quantization.constants import evaluate
 from jettison.quantization.convert import is_integer
-from jettison.quantization.fold import find_layers, name_operator, read_attribute
+from jettison.quantization.fold import find_layers, name_operator
 
 Batches = Sequence[tuple[Tensor, ...]]
 UNFOLDED = frozenset({"aten.conv1d.default", "aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default"})
@@ -104,10 +105,7 @@ class Replay:
 
     def evaluate(self, node: Node) -> Any:
         """Return the value of a node that hangs on parameters alone, as they are now."""
-        if node.op == "get_attr":
-            return read_attribute(self.module, str(node.target))
-        assert callable(node.target)
-        return node.target(*map_arg(node.args, self.evaluate), **map_arg(node.kwargs, self.evaluate))
+        return evaluate(self.module, node, {})
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jettison.quantization.fold import (
     find_weight,
     name_layer,
     name_operator,
+    number_name,
     read_attribute,
     set_buffer,
     unshare,
@@ -138,12 +139,11 @@ def read_weight(module: GraphModule, node: Node) -> Tensor:
 
 def free_name(module: GraphModule, name: str, reader: Node) -> str:
     """Return the name under which a layer's integers are stored: its weight's own, unless others read that too."""
-    stem, _, last = name.rpartition(".")
     count, free = 1, name
     readers = {u for n in module.graph.nodes if n.op == "get_attr" and n.target == name for u in n.users}
     while readers - {reader}:
         count += 1
-        free = f"{stem}@{count}.{last}" if stem else f"{last}@{count}"
+        free = number_name(name, count)
         readers = {u for n in module.graph.nodes if n.op == "get_attr" and n.target == free for u in n.users}
     return free
 
