@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import jettison as jt
 from jettison.core.errors import TraceError
-from jettison.targets.onnx_bodies import list_bodies, list_reads, rename_reads
+from jettison.targets.onnx_bodies import list_bodies, list_reads, rename_values
 
 KINDS = ("float", "static", "dynamic", "weight-only", "fp16", "bf16")
 
@@ -130,7 +130,7 @@ def test_reads_of_bodies_are_seen_and_renamed() -> None:
     passing = onnx.helper.make_graph([], "passing", [], [outer])
     node = make("If", ["c"], ["z"], then_branch=body, else_branch=passing)
     assert set(list_reads(node)) == {"c", "outer", "w"}
-    rename_reads(node, {"outer": "new", "w": "v", "c": "d"})
+    rename_values(node, {"outer": "new", "w": "v", "c": "d"})
     assert set(list_reads(node)) == {"d", "new", "v"}
 
 

@@ -14,6 +14,7 @@ from jettison.core.errors import InputError
 from jettison.flow.reading import order_inputs
 from jettison.targets import find_target
 from jettison.targets.audit import Kernel, KernelAudit, Operator, match, share_of_integers, share_of_time
+from jettison.targets.feeding import open_run
 from jettison.targets.onnx_layers import list_layers, read_input_types
 from jettison.targets.onnxruntime import has_exact_dot_products, read_cpu_flags
 from jettison.targets.timing import time_interleaved
@@ -58,8 +59,8 @@ def audit(
     speedup = None
     if baseline is not None:
         both = {
-            "baseline": lambda: partial(runtime.load(Path(baseline), threads=threads).run, arrays),
-            "this": lambda: partial(runtime.load(path, threads=threads, precision=precision).run, arrays),
+            "baseline": partial(open_run, runtime, Path(baseline), arrays, threads=threads),
+            "this": partial(open_run, runtime, path, arrays, threads=threads, precision=precision),
         }
         speedup = time_interleaved(both, baseline="baseline")["this"].speedup
     found = KernelAudit(

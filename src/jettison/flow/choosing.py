@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from jettison.graph.trace import Batch, Traced, trace_module
 from jettison.progress import track
 from jettison.quantization import quantize
 from jettison.targets import TARGETS
+from jettison.targets.feeding import open_run
 from jettison.targets.integer import IntegerScheme
 from jettison.targets.timing import ROUNDS, Timing, bootstrap_median, time_interleaved
 
@@ -228,11 +229,10 @@ def _time(
     names = [option.name for option in loaded]
     baseline = BASELINE if BASELINE in names else next((n for n in names if n.endswith("fp32")), names[0])
     arrays = [x.detach().cpu().numpy() for x in sample]
-
-    def load(option: _Loaded) -> Callable[[], object]:
-        return partial(option.target.load(option.file, threads=threads, precision=option.precision).run, arrays)
-
-    loads = {option.name: partial(load, option) for option in loaded}
+    loads = {
+        option.name: partial(open_run, option.target, option.file, arrays, threads=threads, precision=option.precision)
+        for option in loaded
+    }
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

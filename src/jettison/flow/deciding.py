@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from jettison.flow.run import Run, export_file
 from jettison.flow.sensitivity import GroupOptions, Sensitivity, measure_sensitivity
 from jettison.pruning.recalibrate import recalibrate
 from jettison.quantization import quantize
+from jettison.targets.feeding import open_run
 from jettison.targets.timing import time_interleaved
 
 CANDIDATE_ROUNDS = 40
@@ -85,11 +86,7 @@ def measure_reference(run: Run) -> Reference:
 def measure_files(run: Run, files: Mapping[str, Path], *, rounds: int) -> dict[str, tuple[float, float]]:
     """Return median milliseconds and speed-up over the first file, interleaved, one sample at a time."""
     arrays = [x.detach().cpu().numpy() for x in run.sample]
-
-    def load(path: Path) -> Callable[[], object]:
-        return partial(run.target.load(path, threads=run.threads).run, arrays)
-
-    loads = {name: partial(load, path) for name, path in files.items()}
+    loads = {name: partial(open_run, run.target, path, arrays, threads=run.threads) for name, path in files.items()}
     found = time_interleaved(loads, baseline=next(iter(files)), rounds=rounds, seed=run.seed)
     return {name: (t.latency_ms.value, t.speedup.value) for name, t in found.items()}
 

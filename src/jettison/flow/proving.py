@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from jettison.graph.trace import Batch
 from jettison.progress import track
 from jettison.quantization.integers import run_integers
 from jettison.targets import TARGETS
+from jettison.targets.feeding import open_run
 from jettison.targets.timing import Timing, time_interleaved
 
 ORIGINAL, UNPRUNED, COMPRESSED, EAGER = "original", "int8 alone", "compressed", "PyTorch eager"
@@ -106,12 +106,8 @@ def _list_loads(
     With it come sentences on the files that another runtime refuses.
     """
     refused: list[str] = []
-
-    def load(runtime: ModuleType, path: Path) -> Callable[[], object]:
-        return partial(runtime.load(path, threads=run.threads).run, arrays)
-
     loads: dict[str, Callable[[], Callable[[], object]]] = {
-        name: partial(load, run.target, path) for name, path in paths.items()
+        name: partial(open_run, run.target, path, arrays, threads=run.threads) for name, path in paths.items()
     }
     loads[EAGER] = partial(_eager_run, run, run.sample)
     for name in TARGETS:
@@ -124,7 +120,7 @@ def _list_loads(
             except CheckpointError as error:  # it runs in its target, and is measured here for comparison only
                 refused.append(f"{form} is not compared in {other.LABEL}: {error}")
             else:
-                loads[f"{form}, {other.LABEL}"] = partial(load, other, path)
+                loads[f"{form}, {other.LABEL}"] = partial(open_run, other, path, arrays, threads=run.threads)
     return loads, tuple(refused)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jettison.core.errors import ShapeError
@@ -25,6 +28,13 @@ class Runs(Protocol):
 
     def run(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         """Run once."""
+
+
+def open_run(
+    target: ModuleType, path: Path, arrays: Sequence[np.ndarray[Any, Any]], *, threads: int, precision: str = "fp32"
+) -> Callable[[], object]:
+    """Load a file anew and return one call of it, as `timing.time_interleaved` asks for."""
+    return partial(target.load(path, threads=threads, precision=precision).run, arrays)
 
 
 def predict(session: Runs, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

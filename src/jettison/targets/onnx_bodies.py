@@ -1,8 +1,11 @@
-"""Graphs inside nodes: the branches of an If, the body of a Loop or Scan. They read values of the graph around them."""
+"""The nodes of a file: what they read, also from graphs inside them, and how they are renamed and exchanged.
+
+Graphs inside nodes are the branches of an If and the body of a Loop or Scan. They read values of the graph around them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,22 +28,19 @@ def list_reads(node: onnx.NodeProto) -> Iterator[str]:
         yield from (name for name in reads if name not in own)
 
 
-def rename_values(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
-    """Give values that nodes make other names, in place, here and inside nodes; the graph's own outputs keep theirs."""
-    for node in graph.node:
-        node.input[:] = [renamed.get(value, value) for value in node.input]
-        node.output[:] = [renamed.get(value, value) for value in node.output]
-        for body in list_bodies(node):
-            for output in body.output:
-                output.name = renamed.get(output.name, output.name)
-            rename_values(body, renamed)
-
-
-def rename_reads(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
-    """Let a node and its bodies read other values, in place."""
+def rename_values(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    """Give the values that a node and its bodies read and make other names, in place."""
     node.input[:] = [renamed.get(value, value) for value in node.input]
+    node.output[:] = [renamed.get(value, value) for value in node.output]
     for body in list_bodies(node):
         for output in body.output:
             output.name = renamed.get(output.name, output.name)
         for inner in body.node:
-            rename_reads(inner, renamed)
+            rename_values(inner, renamed)
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Let a graph have these nodes, some of which may be its own, in this order."""
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)

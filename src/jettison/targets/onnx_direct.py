@@ -150,12 +150,13 @@ def _write(
     dynamic: bool,
     opset: int,
 ) -> onnx.ModelProto:
+    import torch
     from onnx import helper, numpy_helper
 
     from jettison.targets.onnx_forms import FORMS
 
     for node in module.graph.nodes:
-        if node.op == "get_attr" and not _is_tensor(attrgetter(str(node.target))(module)):
+        if node.op == "get_attr" and not isinstance(attrgetter(str(node.target))(module), torch.Tensor):
             raise NoForm(f"{node.target}, a graph inside the graph")
     draft = Draft(module, find_kinds(module, inputs, dynamic), batch_source=input_names[0])
     fixed = fold_constants(module, draft.kinds)
@@ -219,7 +220,7 @@ def fold_constants(module: GraphModule, kinds: Mapping[Node, Any]) -> dict[Node,
         name = str(node.target)
         if not name.startswith("aten.") or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
-        if math.prod(size or 1 for size in kinds[node].sizes) > max([LARGE, *(_count(values[s]) for s in sources)]):
+        if math.prod(size or 1 for size in kinds[node].sizes) > max([LARGE, *(values[s].numel() for s in sources)]):
             continue
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         with torch.no_grad():
@@ -231,16 +232,6 @@ def fold_constants(module: GraphModule, kinds: Mapping[Node, Any]) -> dict[Node,
             is_read = any(user not in values for user in node.users)
             found[node] = value.detach().cpu().contiguous().numpy() if is_read else None
     return found
-
-
-def _is_tensor(value: Any) -> bool:
-    import torch
-
-    return isinstance(value, torch.Tensor)
-
-
-def _count(value: Any) -> int:
-    return int(value.numel())
 
 
 def find_kinds(module: GraphModule, inputs: tuple[Tensor, ...], dynamic: bool) -> dict[Node, Any]:

@@ -17,7 +17,7 @@ from jettison.core.errors import ExportError
 from jettison.core.plain import write_bytes
 from jettison.targets import onnx_attention, onnx_recurrent
 from jettison.targets.integer import quantize_operator
-from jettison.targets.onnx_bodies import list_bodies, list_reads, rename_reads, rename_values
+from jettison.targets.onnx_bodies import list_bodies, list_reads, rename_values, replace_nodes
 from jettison.targets.onnx_direct import write
 from jettison.targets.onnx_floats import keep_floats
 from jettison.targets.onnx_kinds import (
@@ -244,7 +244,7 @@ def _name_turned(proto: onnx.ModelProto, module: GraphModule) -> None:
     for constant in graph.initializer:
         constant.name = renamed.get(constant.name, constant.name)
     for node in graph.node:
-        rename_reads(node, renamed)
+        rename_values(node, renamed)
 
 
 def _digest(values: np.ndarray[Any, Any]) -> bytes:
@@ -264,7 +264,8 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
     kept = {value.name for value in (*graph.output, *graph.input)} | constants
     names = _Names(constants, kept)
     _name_graph(graph, names, "")
-    rename_values(graph, names.renamed)
+    for node in graph.node:
+        rename_values(node, names.renamed)
 
 
 @dataclass
@@ -329,13 +330,7 @@ def _pool_globally(proto: onnx.ModelProto) -> None:
             pooled = f"{node.output[0]}_pooled"
             nodes.append(helper.make_node("GlobalAveragePool", [node.input[0]], [pooled]))
             nodes.append(helper.make_node("Flatten", [pooled], list(node.output), axis=1))
-    _replace_nodes(graph, nodes)
-
-
-def _replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
 
 
 def _strip(proto: onnx.ModelProto) -> None:
@@ -360,7 +355,7 @@ def _strip(proto: onnx.ModelProto) -> None:
         constant.name = name
     used: set[str] = set()
     for node in graph.node:
-        rename_reads(node, renamed)
+        rename_values(node, renamed)
         used.update(list_reads(node))
     kept = []
     for constant in graph.initializer:

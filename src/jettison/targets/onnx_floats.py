@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jettison.targets.onnx_bodies import list_reads
+from jettison.targets.onnx_bodies import list_reads, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -48,7 +48,5 @@ def keep_floats(proto: onnx.ModelProto) -> int:
         nodes.append(helper.make_node("LeakyRelu", [node.output[0]], [guard], alpha=1.0))
         following[0].input[0] = guard
         guarded += 1
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
     return guarded

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from jettison.targets.onnx_bodies import rename_reads
+from jettison.targets.onnx_bodies import rename_values, replace_nodes
 from jettison.targets.operators import dynamic_operator, groups_operator, product_operator
 
 if TYPE_CHECKING:
@@ -132,10 +132,8 @@ def narrow_constants(proto: onnx.ModelProto, kind: str | None) -> None:
         renamed[constant.name] = f"{constant.name}_float"
         casts.append(helper.make_node("Cast", [constant.name], [renamed[constant.name]], to=TensorProto.FLOAT))
     for node in proto.graph.node:
-        rename_reads(node, renamed)
-    nodes = [type(node).FromString(node.SerializeToString()) for node in (*casts, *proto.graph.node)]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+        rename_values(node, renamed)
+    replace_nodes(proto.graph, (*casts, *proto.graph.node))
 
 
 def _narrow(constant: onnx.TensorProto, kind: str) -> bytes | None:

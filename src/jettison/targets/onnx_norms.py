@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from jettison.targets.onnx_bodies import list_reads
+from jettison.targets.onnx_bodies import list_reads, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -50,9 +50,7 @@ def fold_norms(proto: onnx.ModelProto) -> int:
             layer.input.append(name)
         layer.output[0] = norm.output[0]
         gone.append(norm)
-    kept = [type(n).FromString(n.SerializeToString()) for n in graph.node if not any(n is g for g in gone)]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, (n for n in graph.node if not any(n is g for g in gone)))
     return len(gone)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jettison.targets.onnx_bodies import list_reads
+from jettison.targets.onnx_bodies import list_reads, replace_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -53,10 +53,7 @@ def fold_padding(proto: onnx.ModelProto) -> int:
             _add_padding(convolution, widths)
             convolution.input[0] = start
         gone += doubled
-    kept = [n for n in graph.node if not any(n is g for g in gone)]
-    copies = [type(n).FromString(n.SerializeToString()) for n in kept]
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, (n for n in graph.node if not any(n is g for g in gone)))
     return sum(n.op_type == "Pad" for n in gone)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from jettison.targets.onnx_bodies import list_reads
+from jettison.targets.onnx_bodies import list_reads, replace_nodes
 from jettison.targets.recurrent import lstm_operator, scan_operator
 
 if TYPE_CHECKING:
@@ -138,10 +138,9 @@ def expand_steps(proto: onnx.ModelProto) -> None:
         )
         nodes.append(scan)
     used = {value for node in nodes for value in list_reads(node)} | {value.name for value in graph.output}
-    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     kept = [type(i).FromString(i.SerializeToString()) for i in graph.initializer if i.name in used]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
+    del graph.initializer[:]
     graph.initializer.extend(kept)
     used_domains = {node.domain for node in graph.node}
     for domain in [d for d in proto.opset_import if d.domain == RUNTIME_DOMAIN and d.domain not in used_domains]:
